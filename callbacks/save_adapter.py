@@ -1,0 +1,82 @@
+"""Writes the files users carry away."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_edm.callbacks.validation_images import ValidationImages
+from lit_edm.modules import SDXLModule
+from lit_edm.sdxl.card import AdapterFolder
+from lit_edm.sdxl.export import save_embeddings, save_lora, write_whole
+
+
+class SaveAdapter(Callback):
+    """Exports the adapter and the new tokens at the end, and with each checkpoint.
+
+    The end of the run writes adapter/ in the run's folder, a checkpoint at step n writes adapter/step_<n>/. Each holds
+    pytorch_lora_weights.safetensors, <name>_emb.safetensors (clip_l and clip_g), the run's config and a model card
+    (README.md) with the trigger words, sample pictures of ValidationImages, and code that loads it all in diffusers.
+
+    Args:
+        name: Stem of the embeddings' file.
+    """
+
+    def __init__(self, name: str = "lit_edm") -> None:
+        self.name = name
+        self.folder = Path()
+
+    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        """Asks for the run's folder where all processes do: log_dir is a collective call."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "adapter"
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: SDXLModule, checkpoint: dict[str, Any]) -> None:
+        """Writes what the checkpoint holds, for other programs."""
+        if trainer.is_global_zero and trainer.training:
+            self.write(trainer, pl_module, self.folder / f"step_{trainer.global_step:06d}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        """Writes the result and tells where it is."""
+        if trainer.is_global_zero:
+            described = self.write(trainer, pl_module, self.folder)
+            files = "\n".join(f"  {path}" for path in sorted(self.folder.glob("*.*")))
+            rank_zero_info(f"\nThe adapter is ready:\n{files}\nRender with it in diffusers:\n\n{described.usage()}\n")
+
+    def write(self, trainer: Trainer, module: SDXLModule, folder: Path) -> AdapterFolder:
+        """Writes weights, embeddings, config, pictures and the card, and returns their description."""
+        save_lora(module.denoiser.unet, folder)
+        if embeddings := module.conditioner.new_embeddings():
+            save_embeddings(embeddings, folder / f"{self.name}_emb.safetensors")
+        described = AdapterFolder(
+            folder=folder,
+            checkpoint=module.checkpoint,
+            tokens=module.placeholders.tokens,
+            pool_at_end=module.pool_at_end,
+            embeddings=f"{self.name}_emb.safetensors",
+            config=self.copy_config(trainer, folder),
+            **self.copy_samples(trainer, module, folder),
+        )
+        write_whole(folder / "README.md", lambda part: part.write_text(described.card(), encoding="utf-8"))
+        return described
+
+    def copy_config(self, trainer: Trainer, folder: Path) -> str:
+        """Copies the config that the command line saved beside the logs; returns it, empty if there is none."""
+        source = self.folder.parent / "config.yaml"
+        if not source.exists():
+            return ""
+        write_whole(folder / source.name, lambda part: shutil.copyfile(source, part))
+        return source.read_text(encoding="utf-8")
+
+    def copy_samples(self, trainer: Trainer, module: SDXLModule, folder: Path) -> dict[str, list[str]]:
+        """Copies the newest pictures of ValidationImages; returns their prompts and names, empty without it."""
+        prompts: list[str] = []
+        pictures: list[str] = []
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ValidationImages):
+                prompts += [module.placeholders.replace(prompt) for prompt in callback.prompts]
+                for path in callback.pictures:
+                    pictures.append(f"sample_{len(pictures):02d}.png")
+                    write_whole(folder / pictures[-1], lambda part, path=path: shutil.copyfile(path, part))
+        return {"prompts": prompts, "pictures": pictures}

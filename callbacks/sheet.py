@@ -1,0 +1,50 @@
+"""Pictures as PNG files and contact sheets."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN, TEXT_HEIGHT = 8, 16
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Turns pixels (B, 3, H, W), clamped to [-1, 1], into pictures."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
+
+
+def contact_sheet(rows: dict[str, Sequence[Image.Image]], captions: Sequence[str], side: int = 256) -> Image.Image:
+    """Lays pictures out with a title a row and a caption a column.
+
+    Args:
+        rows: Title and pictures of each row.
+        captions: Caption of each column.
+        side: Width and height in pixels at which each picture is shown.
+    """
+    font = ImageFont.load_default(12)
+    lines = [wrap(caption, font, side) for caption in captions]
+    top = MARGIN + TEXT_HEIGHT * max(len(column) for column in lines)
+    cell, row_height = side + MARGIN, side + MARGIN + TEXT_HEIGHT
+    sheet = Image.new("RGB", (MARGIN + cell * len(captions), top + row_height * len(rows) + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(lines):
+        draw.text((MARGIN + column * cell, MARGIN // 2), "\n".join(caption), "black", font)
+    for row, (title, pictures) in enumerate(rows.items()):
+        y = top + row * row_height
+        draw.text((MARGIN, y), title, "gray", font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side)), (MARGIN + column * cell, y + TEXT_HEIGHT))
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Breaks text into lines that fit a width in pixels, between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,95 @@
+"""The command line: LightningCLI, with every class of this package known by its short name."""
+
+import difflib
+import re
+import sys
+import warnings
+from typing import NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+# Importing these lets configs write EDMLoss for lit_edm.edm.loss.EDMLoss.
+from lit_edm import callbacks, data, edm, modules, sdxl
+from lit_edm.errors import InputError
+
+CLASSES = [name for room in (callbacks, data, edm, modules, sdxl) for name in room.__all__]
+BOILERPLATE = re.compile(
+    "Does not validate|Subtypes:|Errors:|Given value|Problem with given|Expected a <class 'NoneType'>|Expected a path"
+)
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line: what is wrong, under which key, and the nearest right name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints one line and ends with exit code 2; raises where jsonargparse only tries one of several types."""
+        if self.exit_on_error:
+            fail(one_line(message))
+        super().error(message, ex)
+
+
+def one_line(message: str) -> str:
+    """Reduces jsonargparse's nested account of all it tried to the innermost cause and the key it stands under."""
+    if message.startswith("Problems parsing config"):
+        return " ".join(message.split())
+    keys: list[str] = []
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if match := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
+            keys.append(match[1])
+            line = match[2]
+        if line and not BOILERPLATE.match(line):
+            where = ".init_args.".join(keys)
+            return f"{where}: {reworded(line)}" if where else reworded(line)
+    return message
+
+
+def reworded(cause: str) -> str:
+    """Says in a user's terms what jsonargparse says in its own."""
+    cause = re.sub(r"\. Got value: Namespace.*", "", cause)
+    if match := re.match(r"Expected a dot import path string: (\w+)$", cause):
+        near = difflib.get_close_matches(match[1], CLASSES, n=1)
+        hint = f"did you mean {near[0]}?" if near else "write its full import path, such as my_package.MyClass"
+        return f"no class is called {match[1]}; {hint}"
+    return re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", cause)
+
+
+def input_error_behind(error: BaseException | None) -> InputError | None:
+    """Finds the user's mistake that an error comes from: jsonargparse wraps what constructors raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line and ends with exit code 2."""
+    sys.stderr.write(f"lit-edm: error: {message}\n")
+    sys.exit(2)
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs a subcommand of LightningCLI, as in `lit-edm fit --config configs/quickstart.yaml`.
+
+    A mistake of the user's ends with one line that says what and where it is, and exit code 2.
+
+    Args:
+        args: Arguments in place of those of the command line.
+    """
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training")  # the frozen networks, on purpose
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning's own
+    try:
+        LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            args=args,
+        )
+    except ValueError as error:
+        if mistake := input_error_behind(error):
+            fail(str(mistake))
+        raise

@@ -1,0 +1,160 @@
+"""An SDXL-shaped checkpoint in diffusers' layout: what its configs say of it, and its parts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_edm.edm import (
+    EDMPreconditioning,
+    EpsPreconditioning,
+    Preconditioning,
+    TimestepSchedule,
+    VelocityPreconditioning,
+)
+from lit_edm.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are needed, so that `lit-edm --help` does not wait for them
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class SDXLCheckpoint:
+    """A base model, as a folder or on the Hub. Nothing is read before a method asks for it.
+
+    Args:
+        pretrained: Folder or Hub name with the sub-folders unet, vae, text_encoder, text_encoder_2, tokenizer,
+            tokenizer_2 and scheduler.
+        vae: Folder or Hub name of another VAE.
+        variant: Weights' file variant, such as fp16.
+        revision: Branch, tag or commit on the Hub.
+    """
+
+    pretrained: str
+    vae: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+
+    def preconditioning(self) -> Preconditioning:
+        """Reads from the scheduler's config what the UNet predicts: epsilon, v, or EDM's F (Playground v2.5).
+
+        Raises:
+            InputError: The config names a prediction or beta schedule that is none of these.
+        """
+        config = self.scheduler_config()
+        prediction = config.get("prediction_type", "epsilon")
+        if is_edm_native(config):
+            if prediction != "epsilon":  # as diffusers' EDM schedulers call c_out = +s sd / sqrt(s^2 + sd^2)
+                raise self._unsupported("prediction_type", prediction, "epsilon for an EDM scheduler")
+            return EDMPreconditioning(sigma_data=config.get("sigma_data", 0.5))
+        match prediction:
+            case "epsilon":
+                return EpsPreconditioning(self._schedule(config))
+            case "v_prediction":
+                return VelocityPreconditioning(self._schedule(config))
+            case _:
+                raise self._unsupported("prediction_type", prediction, "epsilon or v_prediction")
+
+    def sigma_range(self) -> tuple[float, float]:
+        """Returns the smallest and the largest noise level that the UNet was trained for."""
+        config = self.scheduler_config()
+        if is_edm_native(config):
+            return config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)
+        schedule = self._schedule(config)
+        return schedule.sigma_min, schedule.sigma_max
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Returns scheduler/scheduler_config.json."""
+        return self._config(self.pretrained, "scheduler/scheduler_config.json")
+
+    def vae_config(self) -> dict[str, Any]:
+        """Returns config.json of the VAE in use."""
+        return self.base_vae_config() if self.vae is None else self._config(self.vae, "config.json", key="vae")
+
+    def base_vae_config(self) -> dict[str, Any]:
+        """Returns vae/config.json of the base, also where another VAE is in use."""
+        return self._config(self.pretrained, "vae/config.json")
+
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether guidance contrasts with zeros (SDXL and Playground), or with the embedding of an empty prompt."""
+        return self._config(self.pretrained, "model_index.json").get("force_zeros_for_empty_prompt", True)
+
+    def load_tokenizers(self) -> "tuple[CLIPTokenizer, CLIPTokenizer]":
+        """Loads both tokenizers."""
+        from transformers import CLIPTokenizer
+
+        return (
+            CLIPTokenizer.from_pretrained(self.pretrained, **self._part("tokenizer")),
+            CLIPTokenizer.from_pretrained(self.pretrained, **self._part("tokenizer_2")),
+        )
+
+    def load_text_encoders(self, dtype: torch.dtype) -> "tuple[CLIPTextModel, CLIPTextModelWithProjection]":
+        """Loads both text encoders, frozen, in the given precision."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        first = CLIPTextModel.from_pretrained(self.pretrained, **self._weights("text_encoder", dtype))
+        second = CLIPTextModelWithProjection.from_pretrained(self.pretrained, **self._weights("text_encoder_2", dtype))
+        return first.requires_grad_(False), second.requires_grad_(False)
+
+    def load_unet(self, dtype: torch.dtype) -> "UNet2DConditionModel":
+        """Loads the UNet, frozen, in the given precision."""
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_pretrained(self.pretrained, **self._weights("unet", dtype))
+        return unet.requires_grad_(False)
+
+    def load_vae(self, dtype: torch.dtype) -> "AutoencoderKL":
+        """Loads the VAE in use, frozen, in the given precision."""
+        from diffusers import AutoencoderKL
+
+        if self.vae is not None:
+            return AutoencoderKL.from_pretrained(self.vae, torch_dtype=dtype).requires_grad_(False)
+        return AutoencoderKL.from_pretrained(self.pretrained, **self._weights("vae", dtype)).requires_grad_(False)
+
+    def _part(self, subfolder: str) -> dict[str, Any]:
+        return {"subfolder": subfolder, "revision": self.revision}
+
+    def _weights(self, subfolder: str, dtype: torch.dtype) -> dict[str, Any]:
+        return {**self._part(subfolder), "variant": self.variant, "torch_dtype": dtype}
+
+    def _config(self, source: str, name: str, key: str = "pretrained") -> dict[str, Any]:
+        from huggingface_hub import hf_hub_download
+
+        revision = self.revision if source == self.pretrained else None
+        try:
+            local = Path(source).is_dir()
+            path = Path(source, name) if local else Path(hf_hub_download(source, name, revision=revision))
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            hint = "" if Path(source).exists() else " (no such folder, nor is it on the Hub or in its cache)"
+            raise InputError(
+                f"model.init_args.{key}: cannot read {name} of {source}{hint}; "
+                "name a folder or a Hub repository in diffusers' layout"
+            ) from error
+
+    def _schedule(self, config: dict[str, Any]) -> TimestepSchedule:
+        if config.get("trained_betas") is not None:
+            raise self._unsupported("trained_betas", "a list", "beta_start and beta_end")
+        if (schedule := config.get("beta_schedule", "linear")) not in ("scaled_linear", "linear"):
+            raise self._unsupported("beta_schedule", schedule, "scaled_linear or linear")
+        return TimestepSchedule(
+            num_timesteps=config.get("num_train_timesteps", 1000),
+            beta_start=config.get("beta_start", 0.0001),
+            beta_end=config.get("beta_end", 0.02),
+            beta_schedule=schedule,
+            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
+        )
+
+    def _unsupported(self, key: str, value: object, wanted: str) -> InputError:
+        return InputError(
+            f"{self.pretrained}/scheduler/scheduler_config.json: {key} is {value}, which is not supported; "
+            f"choose a base with {wanted}"
+        )
+
+
+def is_edm_native(scheduler_config: dict[str, Any]) -> bool:
+    """Tells from its scheduler's config whether a base was trained with EDM's preconditioning, as Playground v2.5."""
+    return scheduler_config.get("_class_name", "").startswith("EDM")

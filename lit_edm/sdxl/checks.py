@@ -1,0 +1,87 @@
+"""Finds combinations of base, loss and data that would train silently wrong, before any weight is loaded."""
+
+import math
+
+from lit_edm.edm import (
+    DiffusionLoss,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    NoiseDistribution,
+    Preconditioning,
+    VelocityPreconditioning,
+)
+from lit_edm.errors import InputError
+from lit_edm.sdxl.checkpoint import SDXLCheckpoint
+
+BUILT_IN = {
+    EDMPreconditioning: "EDM-native",
+    EpsPreconditioning: "epsilon-predicting",
+    VelocityPreconditioning: "v-predicting",
+}
+
+
+def check_preconditioning(given: Preconditioning, base: Preconditioning) -> None:
+    """Raises InputError if a preconditioning of this package is given that is not the base's own.
+
+    Classes from elsewhere pass: whoever writes one knows what the base predicts.
+    """
+    if type(given) in BUILT_IN and given != base:
+        raise InputError(
+            f"model.init_args.preconditioning is {given}, but the base is {BUILT_IN[type(base)]}: "
+            f"its scheduler's config says {base}; remove the line"
+        )
+
+
+def check_loss(loss: DiffusionLoss, base: Preconditioning, sigma_range: tuple[float, float]) -> None:
+    """Raises InputError if the loss's noise levels or weights are those of another kind of base.
+
+    Args:
+        loss: The objective; parts that lack a property (a user's own) pass its check.
+        base: What the UNet predicts.
+        sigma_range: Smallest and largest noise level the UNet knows.
+    """
+    noise, weighting = getattr(loss, "noise", None), getattr(loss, "weighting", None)
+    kind = BUILT_IN.get(type(base), type(base).__name__)
+    if (sigma_data := getattr(weighting, "sigma_data", base.sigma_data)) != base.sigma_data:
+        raise InputError(
+            f"model.init_args.loss.init_args.weighting.init_args.sigma_data is {sigma_data}, but the base is {kind} "
+            f"with latents of sigma_data {base.sigma_data}: write {base.sigma_data}"
+        )
+    where = "model.init_args.loss.init_args.noise"
+    while isinstance(inner := getattr(noise, "noise", None), NoiseDistribution):  # stratified or adaptive
+        noise, where = inner, f"{where}.init_args.noise"
+    if (schedule := getattr(noise, "schedule", None)) is not None:
+        if isinstance(base, EDMPreconditioning):
+            raise InputError(
+                f"{where} is {type(noise).__name__}, but the base is EDM-native and has no timesteps; use LogNormal"
+            )
+        if schedule != getattr(base, "schedule", schedule):
+            raise InputError(
+                f"{where}.init_args.schedule is {schedule}, but the base has {base}; write the base's values"
+            )
+    low, high = sigma_range
+    sigma_min, sigma_max = getattr(noise, "sigma_min", low), getattr(noise, "sigma_max", high)
+    if not isinstance(base, EDMPreconditioning) and (sigma_min < low * 0.999 or sigma_max > high * 1.001):
+        raise InputError(
+            f"{where} draws sigma in [{sigma_min:g}, {sigma_max:g}], but the base is {kind} and knows "
+            f"[{low:.4f}, {high:.4f}] alone; write sigma_min: {math.ceil(low * 1e4) / 1e4} and "
+            f"sigma_max: {math.floor(high * 1e2) / 1e2}"
+        )
+
+
+def check_resolution(resolution: int, checkpoint: SDXLCheckpoint) -> None:
+    """Raises InputError if images of this side do not divide into whole latents."""
+    factor = 2 ** (len(checkpoint.vae_config()["block_out_channels"]) - 1)
+    if resolution % factor:
+        down = resolution // factor * factor
+        raise InputError(
+            f"data.init_args.resolution is {resolution}, which is not a multiple of {factor}, the VAE's factor; "
+            f"write {down or factor} or {down + factor}"
+        )
+
+
+def latent_statistics_differ(checkpoint: SDXLCheckpoint) -> bool:
+    """Tells whether the VAE in use normalises latents in another way than the base's own VAE."""
+    used, own = checkpoint.vae_config(), checkpoint.base_vae_config()
+    keys = ("latents_mean", "latents_std", "scaling_factor")
+    return any(used.get(key) != own.get(key) for key in keys)

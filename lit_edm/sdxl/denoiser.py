@@ -1,0 +1,37 @@
+"""The SDXL UNet as a denoiser."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lit_edm.edm import Preconditioning
+from lit_edm.sdxl.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+class SDXLDenoiser(nn.Module):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), Eq. 7 of Karras et al. (2022).
+
+    Everything around the network is float32; only the network's input is cast to its precision.
+
+    Args:
+        unet: The network F.
+        preconditioning: Maps sigma to the four scalings.
+    """
+
+    def __init__(self, unet: "UNet2DConditionModel", preconditioning: Preconditioning) -> None:
+        super().__init__()
+        self.unet = unet
+        self.preconditioning = preconditioning
+
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Denoises x (B, C, h, w), float32, at noise levels sigma (B,); returns the same shape, float32."""
+        dtype = self.unet.conv_in.weight.dtype
+        added = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.time_ids}
+
+        def network(x: Tensor, c_noise: Tensor) -> Tensor:
+            return self.unet(x.to(dtype), c_noise, conditioning.context.to(dtype), added_cond_kwargs=added).sample
+
+        return self.preconditioning.denoise(network, x, sigma)

@@ -1,0 +1,57 @@
+"""The latent space of a VAE, normalised as its config says."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class LatentSpace(nn.Module):
+    """Maps pixels to normalised latents and back: latents = (z - latents_mean) * scaling_factor / latents_std.
+
+    The mean and std are those of the VAE's own config (Playground v2.5 has them, SDXL does not).
+
+    Args:
+        vae: The frozen VAE.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, vae: "AutoencoderKL") -> None:
+        super().__init__()
+        self.vae: Any = vae  # diffusers' annotations of what it returns are not what it returns
+        mean = vae.config["latents_mean"] or [0.0] * vae.config["latent_channels"]
+        std = vae.config["latents_std"] or [1.0] * vae.config["latent_channels"]
+        scale = torch.tensor(std) / vae.config["scaling_factor"]
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Returns the shape (C, H / factor, W / factor) of the latents of an image."""
+        return self.vae.config.latent_channels, height // self.factor, width // self.factor
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Samples normalised latents (B, C, H / factor, W / factor), float32, of pixels (B, 3, H, W) in [-1, 1]."""
+        with self._own_precision(image):
+            z = self.vae.encode(image.to(self.vae.dtype)).latent_dist.sample()
+        return (z.float() - self.mean) / self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes normalised latents (B, C, h, w) to pixels (B, 3, H, W), about [-1, 1], float32."""
+        with self._own_precision(latents):
+            return self.vae.decode((latents * self.scale + self.mean).to(self.vae.dtype)).sample.float()
+
+    def _own_precision(self, tensor: Tensor) -> torch.autocast:
+        # SDXL's VAE overflows in half precision: where it is held in float32, autocast must not undo that.
+        return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,8 @@
+"""Writes a tiny SDXL-shaped checkpoint with random weights: `python scripts/make_tiny_sdxl.py build/tiny-sdxl`."""
+
+from jsonargparse import auto_cli
+
+from lit_edm.sdxl.tiny import make_tiny_sdxl
+
+if __name__ == "__main__":
+    auto_cli(make_tiny_sdxl)

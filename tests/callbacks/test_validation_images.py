@@ -1,0 +1,137 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_edm.callbacks import ValidationImages
+from lit_edm.callbacks.sheet import contact_sheet, to_pictures
+from lit_edm.callbacks.validation_images import evaluating
+from lit_edm.data import CaptionedImagesDataModule
+from lit_edm.edm import karras_sigmas, sample_heun
+from lit_edm.errors import InputError
+from lit_edm.modules import SDXLModule
+from lit_edm.sdxl import LoRA
+
+PROMPTS = ["TOK, a red apple", "TOK, a rocket"]
+
+
+def fit(tiny: Path, icons: Path, root: Path, callback: ValidationImages, **settings: Any) -> SDXLModule:
+    module = SDXLModule(str(tiny), tokens={"TOK": 1}, adapter=LoRA(rank=2))
+    trainer = Trainer(
+        **({"max_steps": 4, "logger": False} | settings),
+        callbacks=[callback],
+        accelerator="cpu",
+        default_root_dir=root,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, CaptionedImagesDataModule(icons, resolution=16, batch_size=4))
+    return module
+
+
+def test_pictures_before_during_and_after(tiny: Path, icons: Path, tmp_path: Path) -> None:
+    callback = ValidationImages(PROMPTS, every_n_steps=2, resolution=16, num_steps=2)
+    fit(tiny, icons, tmp_path, callback, max_steps=5)
+    folders = sorted(path.name for path in (tmp_path / "images").iterdir() if path.is_dir())
+    assert folders == ["step_000000", "step_000002", "step_000004", "step_000005"]
+    for folder in folders:
+        for name in ("00.png", "01.png"):
+            with Image.open(tmp_path / "images" / folder / name) as picture:
+                assert picture.size == (16, 16)
+    assert callback.pictures == [tmp_path / "images/step_000005" / name for name in ("00.png", "01.png")]
+    before, after = ((tmp_path / "images" / f / "00.png").read_bytes() for f in (folders[0], folders[-1]))
+    assert before != after
+    with Image.open(tmp_path / "images/before_after.png") as sheet:
+        assert sheet.width > 2 * 256
+        assert sheet.height > 2 * 256
+
+
+def test_accumulated_batches_are_one_step(tiny: Path, icons: Path, tmp_path: Path) -> None:
+    callback = ValidationImages(PROMPTS[:1], every_n_steps=1, resolution=16, num_steps=1)
+    renderings = []
+    callback.log_images = lambda trainer, images: renderings.append(trainer.global_step)  # type: ignore[method-assign]
+    fit(tiny, icons, tmp_path, callback, max_steps=2, accumulate_grad_batches=2)
+    assert renderings == [0, 1, 2]
+
+
+def test_noise_is_fixed_and_training_undisturbed(tiny: Path, icons: Path, tmp_path: Path) -> None:
+    callback = ValidationImages(PROMPTS, resolution=16, num_steps=2)
+    module = SDXLModule(str(tiny), tokens={"TOK": 1})
+    module.configure_model()
+    modes = {name: part.training for name, part in module.named_modules()}
+    assert len(set(modes.values())) == 2
+    torch.manual_seed(1)
+    first = callback.render(module)
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.rand(()).equal(after), "rendering drew from the global generator"
+    assert callback.render(module).equal(first)
+    assert not first[0].equal(first[1])
+    assert {name: part.training for name, part in module.named_modules()} == modes
+
+
+def test_rendering_is_heun_over_the_bases_noise_levels(tiny: Path, tiny_edm: Path) -> None:
+    for base in (tiny, tiny_edm):
+        module = SDXLModule(str(base))
+        module.configure_model()
+        callback = ValidationImages(["x"], resolution=16, num_steps=3, guidance_scale=2.0, seed=7)
+        batch = {
+            "caption": ["x"],
+            "image": torch.zeros(1, 3, 16, 16),
+            "original_size": torch.tensor([[16, 16]]),
+            "crop_top_left": torch.tensor([[0, 0]]),
+        }
+        with torch.no_grad():
+            cond, uncond = module.denoise(batch), module.denoise_unconditionally(batch)  # type: ignore[arg-type]
+        sigmas = karras_sigmas(3, *module.sigma_range)
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7)) * sigmas[0]
+        latents = sample_heun(lambda x, s: uncond(x, s) + 2 * (cond(x, s) - uncond(x, s)), noise, sigmas)  # noqa: B023
+        torch.testing.assert_close(callback.render(module), module.decode(latents), rtol=1e-3, atol=1e-4)
+
+
+def test_pictures_reach_tensorboard(tiny: Path, icons: Path, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fit(tiny, icons, tmp_path, ValidationImages(PROMPTS, resolution=16, num_steps=1), logger=logger, max_steps=1)
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    assert events.Tags()["images"] == ["validation/00", "validation/01"]
+    assert [event.step for event in events.Images("validation/00")] == [0, 1]
+
+
+def test_no_prompt() -> None:
+    with pytest.raises(InputError, match=r"ValidationImages\.prompts is empty"):
+        ValidationImages([])
+
+
+def test_modes_come_back_after_an_error() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).eval())
+    seen = []
+    with pytest.raises(ZeroDivisionError), evaluating(module):
+        seen.append(1 / any(part.training for part in module.modules()))
+    assert not seen
+    assert [part.training for part in module.modules()] == [True, True, False]
+
+
+class TestSheet:
+    def test_pixels_round_to_the_nearest_and_clamp(self) -> None:
+        values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).expand(1, 3, 1, 5)
+        assert np.asarray(to_pictures(values)[0])[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+    def test_pictures_are_where_they_belong(self) -> None:
+        colors = ["red", "lime", "blue", "black"]
+        pictures = [Image.new("RGB", (4, 4), color) for color in colors]
+        sheet = contact_sheet({"before": pictures[:2], "after": pictures[2:]}, ["a", "a long caption " * 9], side=64)
+        seen = [count_color for _, count_color in sorted(sheet.getcolors(10**6), reverse=True)]
+        expected = {(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)}
+        assert expected <= set(seen[:6])
+        where = {color: np.argwhere((np.asarray(sheet) == color).all(-1)) for color in expected - {(0, 0, 0)}}
+        red, lime, blue = (where[c].mean(0) for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
+        assert red[0] == lime[0] < blue[0]
+        assert red[1] == blue[1] < lime[1]
+        assert all(len(points) == 64 * 64 for points in where.values())

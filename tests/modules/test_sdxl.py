@@ -1,0 +1,301 @@
+import os
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from prodigyopt import Prodigy
+from torch.nn import functional
+
+from lit_edm.batch import Batch
+from lit_edm.callbacks import FreezeEmbeddings
+from lit_edm.data import CaptionedImagesDataModule
+from lit_edm.edm import (
+    EDMLoss,
+    EDMWeighting,
+    LearnedWeighting,
+    LogNormal,
+    MinSNRWeighting,
+    SNRWeighting,
+    UniformTimesteps,
+)
+from lit_edm.errors import InputError
+from lit_edm.modules import SDXLModule
+from lit_edm.modules.sdxl import time_ids
+from lit_edm.sdxl import LoRA
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3)
+
+
+def prodigy(params: Any) -> torch.optim.Optimizer:
+    return Prodigy(params, lr=1.0, weight_decay=0.01, d0=1e-3)
+
+
+def module_of(base: Path, **settings: Any) -> SDXLModule:
+    return SDXLModule(str(base), tokens={"TOK": 2}, adapter=LoRA(rank=2), **settings)
+
+
+def data_of(icons: Path, **settings: Any) -> CaptionedImagesDataModule:
+    return CaptionedImagesDataModule(icons, resolution=16, batch_size=4, **settings)
+
+
+def trainer_of(*callbacks: Callback, **settings: Any) -> Trainer:
+    settings = {"max_steps": 4, "logger": False, "enable_checkpointing": False} | settings
+    return Trainer(
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **settings
+    )
+
+
+def trained_values(module: SDXLModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Recorder(Callback):
+    """Keeps the new embeddings and all trained values after each step, and the losses."""
+
+    def __init__(self) -> None:
+        self.embeddings: list[torch.Tensor] = []
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        self.start = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        self.embeddings.append(self.read(pl_module))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: SDXLModule, outputs: Any, *_: Any) -> None:
+        self.embeddings.append(self.read(pl_module))
+        self.losses.append(float(outputs["loss"]))
+
+    def read(self, module: SDXLModule) -> torch.Tensor:
+        return torch.cat([p.detach().flatten().clone() for p in module.embedding_parameters()])
+
+
+@pytest.mark.parametrize("optimizer", [adamw, prodigy])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tokens_are_bit_equal_from_the_pivot_on(tiny: Path, icons: Path, optimizer: Any, accumulate: int) -> None:
+    module, recorder = module_of(tiny, optimizer=optimizer), Recorder()
+    trainer = trainer_of(FreezeEmbeddings(0.5), recorder, max_steps=6, accumulate_grad_batches=accumulate)
+    trainer.fit(module, data_of(icons, repeats=3))
+    steps = recorder.embeddings[::accumulate]
+    moved = [not a.equal(b) for a, b in pairwise(steps)]
+    assert moved == [True] * 3 + [False] * 3
+    changed = {name for name, p in module.named_parameters() if not p.equal(recorder.start[name])}
+    assert changed == {name for name, p in module.named_parameters() if p.requires_grad}  # the base stays as it was
+
+
+@pytest.mark.parametrize(("ti_frac", "moves"), [(0.0, 0), (1.0, 4)])
+def test_the_pivot_at_the_ends(tiny: Path, icons: Path, ti_frac: float, moves: int) -> None:
+    recorder = Recorder()
+    trainer_of(FreezeEmbeddings(ti_frac), recorder).fit(module_of(tiny), data_of(icons))
+    assert sum(not a.equal(b) for a, b in pairwise(recorder.embeddings)) == moves
+
+
+def test_only_adapter_and_new_rows_are_trained(tiny: Path) -> None:
+    module = module_of(tiny)
+    module.configure_model()
+    groups = module.configure_optimizers().param_groups
+    assert [group["name"] for group in groups] == ["unet", "embeddings"]
+    assert sorted(p.numel() for p in groups[1]["params"]) == [2 * 32, 2 * 48]
+    in_groups = {id(p) for group in groups for p in group["params"]}
+    assert in_groups == {id(p) for p in module.parameters() if p.requires_grad}
+    assert all("lora_" in name or name.endswith("rows") for name in trained_values(module))
+
+
+def test_embeddings_lr(tiny: Path) -> None:
+    cases = ((adamw, 0.5, [1e-3, 0.5]), (adamw, 0.0, [1e-3, 0.0]), (adamw, None, [1e-3] * 2), (prodigy, None, [1, 1]))
+    for optimizer, embeddings_lr, rates in cases:
+        module = module_of(tiny, optimizer=optimizer, embeddings_lr=embeddings_lr)
+        module.configure_model()
+        assert [group["lr"] for group in module.configure_optimizers().param_groups] == rates
+    module = module_of(tiny, optimizer=prodigy, embeddings_lr=0.5)
+    module.configure_model()
+    with pytest.raises(InputError, match=r"embeddings_lr is 0\.5, but Prodigy takes one"):
+        module.configure_optimizers()
+
+
+def test_the_schedule_steps_with_the_optimizer(tiny: Path, icons: Path) -> None:
+    module = module_of(tiny, optimizer=adamw, lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, 4))
+    trainer_of(accumulate_grad_batches=2, max_steps=2).fit(module, data_of(icons))
+    assert [group["lr"] for group in module.optimizers().param_groups] == pytest.approx([0.5e-3] * 2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_trained_values_and_their_state_are_float32(tiny: Path, icons: Path, precision: Any) -> None:
+    module = module_of(tiny, optimizer=adamw)
+    trainer_of(precision=precision).fit(module, data_of(icons))
+    assert {p.dtype for p in trained_values(module).values()} == {torch.float32}
+    states = module.optimizers().state.values()
+    assert {value.dtype for state in states for value in state.values()} == {torch.float32}
+    half = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    frozen = [p for name, p in module.named_parameters() if not p.requires_grad and not name.startswith("latents.")]
+    assert {p.dtype for p in frozen} == {half}
+    assert module.latents.vae.dtype == torch.float32
+
+
+def test_true_half_precision_is_refused(tiny: Path, icons: Path) -> None:
+    with pytest.raises(InputError, match=r"trainer\.precision is bf16-true; use one of 32-true, bf16-mixed, 16-mixed"):
+        trainer_of(precision="bf16-true").fit(module_of(tiny), data_of(icons))
+
+
+def test_half_precision_hardly_changes_the_loss(tiny: Path, icons: Path) -> None:
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        recorder = Recorder()
+        seed_everything(3, verbose=False)
+        trainer_of(recorder, precision=precision).fit(module_of(tiny), data_of(icons))
+        losses[precision] = torch.tensor(recorder.losses)
+    torch.testing.assert_close(losses["bf16-mixed"], losses["32-true"], rtol=0.03, atol=0)
+
+
+def test_training_loss_is_plain_eps_mse(tiny: Path, batch: Batch) -> None:
+    """The default loss against the usual training loop written out: add noise in eps form, predict, take the MSE."""
+    module = module_of(tiny)
+    module.configure_model()
+    latents = module.encode(batch)
+    noise_law, betas = UniformTimesteps(), torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = (1 - betas).cumprod(0)
+    torch.manual_seed(5)
+    sigma, noise = noise_law(2, latents.device), torch.randn_like(latents)
+    t = torch.tensor([int((((1 - alpha_bar) / alpha_bar).sqrt() - s).abs().argmin()) for s in sigma])
+    a = alpha_bar[t].float().view(-1, 1, 1, 1)
+    conditioning = module.conditioner(batch["caption"], time_ids(batch))
+    added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
+    x_t = a.sqrt() * latents + (1 - a).sqrt() * noise
+    predicted = module.denoiser.unet(x_t, t, conditioning.context, added_cond_kwargs=added).sample
+    mse = functional.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
+    snr = (a / (1 - a)).flatten()
+    for weighting, expected in (
+        (SNRWeighting(), mse),
+        (MinSNRWeighting(5.0, 1.0), mse * snr.clamp(max=5.0) / snr),
+    ):
+        torch.manual_seed(5)
+        ours = EDMLoss(noise_law, weighting)(module.denoise(batch), latents)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("base", "loss"),
+    [
+        ("tiny_v", EDMLoss(UniformTimesteps(), MinSNRWeighting(5.0, 1.0))),
+        ("tiny", EDMLoss(LogNormal(0.483, 1.194, 0.0292, 14.61), EDMWeighting(1.0))),
+        ("tiny_edm", EDMLoss(LogNormal(), EDMWeighting(0.5))),
+        ("tiny_edm", EDMLoss(LogNormal(), MinSNRWeighting(5.0, 0.5))),
+    ],
+)
+def test_every_kind_of_base_trains(base: str, loss: EDMLoss, icons: Path, request: pytest.FixtureRequest) -> None:
+    recorder, module = Recorder(), module_of(request.getfixturevalue(base), loss=loss)
+    trainer_of(recorder).fit(module, data_of(icons))
+    assert torch.isfinite(torch.tensor(recorder.losses)).all()
+    assert all(not value.equal(recorder.start[name]) for name, value in trained_values(module).items())
+
+
+def test_time_ids_are_height_first_and_of_the_batch(batch: Batch) -> None:
+    assert time_ids(batch).tolist() == [[1023, 768, 0, 3, 16, 16], [3001, 2000, 7, 0, 16, 16]]
+
+
+def test_gradient_checkpointing_changes_memory_alone(tiny: Path, batch: Batch) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = module_of(tiny, gradient_checkpointing=checkpointing)
+        module.configure_model()
+        assert module.denoiser.unet.is_gradient_checkpointing == checkpointing
+        torch.manual_seed(1)
+        module.loss(module.denoise(batch), module.encode(batch)).mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+    assert gradients[0].numel() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_learned_parts_of_the_loss_are_trained_without_decay_and_saved(tiny: Path, icons: Path, tmp_path: Path) -> None:
+    loss = EDMLoss(UniformTimesteps(), LearnedWeighting(EDMWeighting(1.0)))
+    module = module_of(tiny, loss=loss, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1))
+    trainer = trainer_of()
+    trainer.fit(module, data_of(icons))
+    group = module.optimizers().param_groups[-1]
+    assert (group["name"], group["weight_decay"]) == ("loss", 0.0)
+    assert any(p.abs().max() > 0.1 for p in group["params"])
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=False)["state_dict"]
+    assert {name for name in saved if name.startswith("loss_parts.")} == {
+        f"loss_parts.{name}" for name in module.loss_parts.state_dict()
+    }
+
+
+class TestCheckpoint:
+    def test_holds_what_is_trained_and_resumes(self, tiny: Path, icons: Path, tmp_path: Path) -> None:
+        module = module_of(tiny, optimizer=adamw)
+        trainer = trainer_of(max_steps=2)
+        trainer.fit(module, data_of(icons))
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        saved = torch.load(tmp_path / "x.ckpt", weights_only=False)
+        assert saved["state_dict"].keys() == trained_values(module).keys()
+        again, recorder = module_of(tiny, optimizer=adamw), Recorder()
+        trainer_of(recorder, max_steps=3).fit(again, data_of(icons), ckpt_path=tmp_path / "x.ckpt", weights_only=False)
+        assert all(recorder.start[name].equal(value) for name, value in trained_values(module).items())
+        assert len(recorder.losses) == 1
+
+    def test_of_another_adapter_is_refused(self, tiny: Path, icons: Path, tmp_path: Path) -> None:
+        trainer = trainer_of(max_steps=1)
+        trainer.fit(module_of(tiny), data_of(icons))
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        other = SDXLModule(str(tiny), tokens={"TOK": 2}, adapter=LoRA(rank=2, target_modules=("to_q",)))
+        with pytest.raises(InputError, match="trained with another adapter or other tokens"):
+            trainer_of().fit(other, data_of(icons), ckpt_path=tmp_path / "x.ckpt", weights_only=False)
+
+
+def test_random_numbers_follow_from_seed_step_and_rank(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loop:
+        total_batch_idx = 0
+
+    class FakeTrainer:
+        class fit_loop:  # noqa: N801
+            epoch_loop = Loop()
+
+    module = module_of(tiny)
+    draws = {}
+    for seed in (0, 1):
+        for step in (0, 1):
+            for rank in (0, 1):
+                monkeypatch.setitem(os.environ, "PL_GLOBAL_SEED", str(seed))
+                monkeypatch.setattr(Loop, "total_batch_idx", step)
+                monkeypatch.setattr(SDXLModule, "trainer", FakeTrainer())
+                monkeypatch.setattr(SDXLModule, "global_rank", rank)
+                module.on_train_batch_start({}, 0)  # type: ignore[typeddict-item]
+                draws[seed, step, rank] = float(torch.rand(()))
+                module.on_train_batch_start({}, 0)  # type: ignore[typeddict-item]
+                assert float(torch.rand(())) == draws[seed, step, rank]
+    assert len(set(draws.values())) == 8
+
+
+class TestSetup:
+    def test_placeholder_in_no_caption(self, tiny: Path, icons: Path) -> None:
+        module = SDXLModule(str(tiny), tokens={"TOK": 2, "HAT": 1})
+        with pytest.raises(InputError, match=r"model\.init_args\.tokens: no caption holds the word HAT"):
+            trainer_of().fit(module, data_of(icons))
+
+    def test_resolution(self, tiny: Path, icons: Path) -> None:
+        with pytest.raises(InputError, match=r"data\.init_args\.resolution is 33"):
+            trainer_of().fit(module_of(tiny), CaptionedImagesDataModule(icons, resolution=33))
+
+    def test_initializer_of_no_placeholder(self, tiny: Path) -> None:
+        with pytest.raises(InputError, match=r"initializers: HAT is not one of model\.init_args\.tokens"):
+            module_of(tiny, initializers={"HAT": "hat"})
+
+    def test_another_vae_with_other_statistics_warns(self, tiny: Path, tiny_edm: Path) -> None:
+        module = SDXLModule(str(tiny_edm), vae=str(tiny / "vae"), loss=EDMLoss())
+        with pytest.warns(UserWarning, match="normalises latents in another way"):
+            module.setup("validate")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SDXLModule(str(tiny_edm), loss=EDMLoss()).setup("validate")
+
+    def test_checks_come_before_weights(self, tiny: Path, icons: Path) -> None:
+        module = SDXLModule(str(tiny), loss=EDMLoss())
+        with pytest.raises(InputError, match="sigma_data"):
+            trainer_of().fit(module, data_of(icons))
+        assert not hasattr(module, "denoiser")

@@ -1,0 +1,113 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lit_edm.edm import (
+    EDMLoss,
+    EDMPreconditioning,
+    EDMWeighting,
+    EpsPreconditioning,
+    LogNormal,
+    MinSNRWeighting,
+    Preconditioning,
+    Scalings,
+    SNRWeighting,
+    TimestepSchedule,
+    UniformTimesteps,
+    VelocityPreconditioning,
+)
+from lit_edm.errors import InputError
+from lit_edm.sdxl import SDXLCheckpoint
+from lit_edm.sdxl.checks import check_loss, check_preconditioning, check_resolution, latent_statistics_differ
+
+EPS, EDM = EpsPreconditioning(), EDMPreconditioning(0.5)
+TABLE, KARRAS = (0.0291671582, 14.6146412293), (0.002, 80.0)
+
+
+class Foreign(Preconditioning):
+    """Somebody's own."""
+
+    sigma_data = 1.0
+
+    def __call__(self, sigma) -> Scalings:
+        return EPS(sigma)
+
+
+@pytest.mark.parametrize("base", [EPS, EDM, VelocityPreconditioning()])
+def test_the_bases_own_preconditioning_passes(base: Preconditioning) -> None:
+    check_preconditioning(base, base)
+    check_preconditioning(Foreign(), base)
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [(EDM, EPS), (EPS, EDM), (VelocityPreconditioning(), EPS), (EDMPreconditioning(1.0), EDM)],
+)
+def test_another_preconditioning_is_refused(given: Preconditioning, base: Preconditioning) -> None:
+    with pytest.raises(InputError, match=r"model\.init_args\.preconditioning is .* remove the line"):
+        check_preconditioning(given, base)
+
+
+@pytest.mark.parametrize(
+    ("loss", "base", "sigma_range"),
+    [
+        (EDMLoss(UniformTimesteps(), SNRWeighting()), EPS, TABLE),
+        (EDMLoss(UniformTimesteps(), MinSNRWeighting(5.0, sigma_data=1.0)), EPS, TABLE),
+        (EDMLoss(LogNormal(0.483, 1.194, 0.0292, 14.61), EDMWeighting(1.0)), EPS, TABLE),
+        (EDMLoss(LogNormal(), EDMWeighting(0.5)), EDM, KARRAS),
+        (EDMLoss(LogNormal(), MinSNRWeighting(5.0, sigma_data=0.5)), EDM, KARRAS),
+        (EDMLoss(UniformTimesteps(), MinSNRWeighting(5.0, 1.0)), VelocityPreconditioning(), TABLE),
+    ],
+)
+def test_right_combinations_pass(loss: EDMLoss, base: Preconditioning, sigma_range: tuple[float, float]) -> None:
+    check_loss(loss, base, sigma_range)
+
+
+@pytest.mark.parametrize(
+    ("loss", "base", "sigma_range", "message"),
+    [
+        (EDMLoss(UniformTimesteps(), EDMWeighting(0.5)), EPS, TABLE, r"weighting.*sigma_data is 0\.5.*write 1\.0"),
+        (EDMLoss(LogNormal(), MinSNRWeighting()), EDM, KARRAS, r"weighting.*sigma_data is 1\.0.*write 0\.5"),
+        (EDMLoss(UniformTimesteps(), EDMWeighting(0.5)), EDM, KARRAS, "noise is UniformTimesteps.*has no timesteps"),
+        (
+            EDMLoss(UniformTimesteps(TimestepSchedule(beta_end=0.02)), SNRWeighting()),
+            EPS,
+            TABLE,
+            r"noise\.init_args\.schedule",
+        ),
+        (
+            EDMLoss(LogNormal(), SNRWeighting()),
+            EPS,
+            TABLE,
+            r"noise draws sigma in \[0, inf\].*sigma_min: 0\.0292.*14\.61",
+        ),
+    ],
+)
+def test_wrong_combinations_name_the_line(
+    loss: EDMLoss, base: Preconditioning, sigma_range: tuple[float, float], message: str
+) -> None:
+    with pytest.raises(InputError, match=r"^model\.init_args\.loss\.init_args\." + message):
+        check_loss(loss, base, sigma_range)
+
+
+def test_the_advice_on_the_range_is_right() -> None:
+    check_loss(EDMLoss(LogNormal(sigma_min=0.0292, sigma_max=14.61), SNRWeighting()), EPS, TABLE)
+
+
+def test_resolution_must_divide_by_the_vaes_factor(tiny: Path) -> None:
+    checkpoint = SDXLCheckpoint(str(tiny))
+    check_resolution(64, checkpoint)
+    with pytest.raises(InputError, match=r"data\.init_args\.resolution is 63, .* multiple of 2, .* write 62 or 64"):
+        check_resolution(63, checkpoint)
+
+
+def test_vaes_that_normalise_differently(tiny: Path, tiny_edm: Path, tmp_path: Path) -> None:
+    assert not latent_statistics_differ(SDXLCheckpoint(str(tiny_edm)))
+    assert latent_statistics_differ(SDXLCheckpoint(str(tiny_edm), vae=str(tiny / "vae")))
+    shutil.copytree(tiny / "vae", tmp_path / "vae")
+    assert not latent_statistics_differ(SDXLCheckpoint(str(tiny), vae=str(tmp_path / "vae")))
+    config = json.loads((tmp_path / "vae/config.json").read_text()) | {"scaling_factor": 1.0}
+    (tmp_path / "vae/config.json").write_text(json.dumps(config))
+    assert latent_statistics_differ(SDXLCheckpoint(str(tiny), vae=str(tmp_path / "vae")))

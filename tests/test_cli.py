@@ -1,0 +1,215 @@
+"""What the user sees: one line for each mistake, before anything slow."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_edm.cli import main, one_line
+
+
+@pytest.fixture
+def run(tiny: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `lit-edm fit` on a small working config with changes, and returns the one line it must end with."""
+    folder = tmp_path / "icons"
+    shutil.copytree(icons, folder)
+    config = {
+        "model": {
+            "class_path": "SDXLModule",
+            "init_args": {
+                "pretrained": str(tiny),
+                "tokens": {"TOK": 1},
+                "loss": {"class_path": "EDMLoss", "init_args": {"noise": {"class_path": "UniformTimesteps"}}},
+            },
+        },
+        "data": {"class_path": "CaptionedImagesDataModule", "init_args": {"root": str(folder), "resolution": 16}},
+        "trainer": {
+            "max_steps": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path),
+        },
+    }
+    config["model"]["init_args"]["loss"]["init_args"]["weighting"] = {"class_path": "SNRWeighting"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+
+    def fails(*changes: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", "--config", str(path), *changes])
+        assert ended.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("lit-edm: error: ")
+        return last.removeprefix("lit-edm: error: ")
+
+    main(["fit", "--config", str(path)])  # it works before it is broken
+    capsys.readouterr()
+    return fails
+
+
+def test_missing_folder(run: Callable[..., str], tmp_path: Path) -> None:
+    said = run(f"--data.root={tmp_path / 'nowhere'}")
+    assert str(tmp_path / "nowhere") in said
+    assert "data.init_args.root" in said
+
+
+def test_empty_folder(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    said = run(f"--data.root={tmp_path / 'empty'}")
+    assert str(tmp_path / "empty") in said
+
+
+def test_row_without_its_image(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "icons" / "07-house.webp").unlink()
+    said = run()
+    assert "metadata.jsonl" in said
+    assert "8" in said
+    assert "07-house.webp" in said
+
+
+def test_missing_caption_column(run: Callable[..., str]) -> None:
+    said = run("--data.caption_column=text")
+    assert "metadata.jsonl" in said
+    assert "text" in said
+    assert "prompt" in said, "the columns that are there"
+
+
+def test_image_that_does_not_decode(run: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "icons" / "03-bicycle.webp"
+    path.write_bytes(path.read_bytes()[:900])
+    assert "03-bicycle.webp" in run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--model=SDXLModul"], "model: no class is called SDXLModul; did you mean SDXLModule?"),
+        (
+            ["--model.loss.weighting=MinSNRWeightin"],
+            "model.init_args.loss.init_args.weighting: no class is called MinSNRWeightin; did you mean MinSNRWeighting",
+        ),
+        (["--trainer.callbacks+=FreezeEmbedding"], "did you mean FreezeEmbeddings?"),
+        (["--model.adapter.rankk=3"], "model.init_args.adapter: Option 'rankk' is not accepted"),
+        (["--model.adapter.rank=x"], "model.init_args.adapter.init_args.rank: expected int, got x"),
+        (["--model.adapter.rank=0"], "adapter.init_args.rank is 0"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_unknown_names_and_values(run: Callable[..., str], changes: list[str], said: str) -> None:
+    assert said in run(*changes)
+
+
+def test_placeholder_in_no_caption(run: Callable[..., str]) -> None:
+    assert "model.init_args.tokens: no caption holds the word HAT" in run('--model.tokens={"HAT": 1}')
+
+
+def test_ti_frac_outside_its_range(run: Callable[..., str]) -> None:
+    said = run("--trainer.callbacks+=FreezeEmbeddings", "--trainer.callbacks.ti_frac=1.5")
+    assert "FreezeEmbeddings.ti_frac is 1.5" in said
+
+
+def test_resolution_that_does_not_divide(run: Callable[..., str]) -> None:
+    assert "data.init_args.resolution is 17, which is not a multiple of 2" in run("--data.resolution=17")
+
+
+def test_parts_check_their_settings(run: Callable[..., str]) -> None:
+    said = run("--model.loss.weighting=MinSNRWeighting", "--model.loss.weighting.gamma=-1")
+    assert "MinSNRWeighting.gamma must be positive" in said
+
+
+def test_wrong_base_for_the_loss(run: Callable[..., str], tiny_edm: Path) -> None:
+    assert "noise is UniformTimesteps, but the base is EDM-native" in run(f"--model.pretrained={tiny_edm}")
+
+
+def test_missing_base(run: Callable[..., str]) -> None:
+    assert "model.init_args.pretrained: cannot read" in run("--model.pretrained=nobody/nothing")
+
+
+def test_yaml_that_is_none(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("model:\n  class_path: X\n init_args: 3\n")
+    assert "line 3" in run(f"--config={tmp_path / 'bad.yaml'}")
+
+
+def test_an_error_of_ours_keeps_its_traceback(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("lit_edm.modules.SDXLModule.training_step", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run()
+
+
+def test_messages_without_structure_pass_unchanged() -> None:
+    assert one_line("Option 'x' is not accepted") == "Option 'x' is not accepted"
+
+
+OTHER_PROJECT = '''
+from dataclasses import dataclass
+import torch
+from torch import Tensor
+from lit_edm.edm import NoiseDistribution
+
+@dataclass(frozen=True)
+class Middle(NoiseDistribution):
+    """Always the same noise level."""
+    sigma: float = 1.0
+    drawn = []
+    def __call__(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+        self.drawn.append(batch_size)
+        return torch.full((batch_size,), self.sigma, device=device)
+'''
+
+BARE = """
+import sys
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+import lit_edm.callbacks, lit_edm.data, lit_edm.modules
+import other_project
+cli = LightningCLI(LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
+                   auto_configure_optimizers=False, save_config_callback=None)
+print("losses", float(cli.trainer.callback_metrics["train/loss"]), other_project.Middle.drawn)
+"""
+
+
+def test_another_projects_noise_under_a_bare_cli(tiny: Path, icons: Path, tmp_path: Path) -> None:
+    """A class of somebody else's by class_path, with the same YAML under lit-edm and under a plain LightningCLI."""
+    (tmp_path / "other_project.py").write_text(OTHER_PROJECT)
+    (tmp_path / "bare.py").write_text(BARE)
+    config = {
+        "seed_everything": 1,
+        "model": {
+            "class_path": "SDXLModule",
+            "init_args": {
+                "pretrained": str(tiny),
+                "loss": {
+                    "class_path": "EDMLoss",
+                    "init_args": {
+                        "noise": {"class_path": "other_project.Middle", "init_args": {"sigma": 2.0}},
+                        "weighting": {"class_path": "EDMWeighting", "init_args": {"sigma_data": 1.0}},
+                    },
+                },
+            },
+        },
+        "data": {"class_path": "CaptionedImagesDataModule", "init_args": {"root": str(icons), "resolution": 16}},
+        "trainer": {"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    outputs = []
+    for program in (["bare.py"], ["-m", "lit_edm"]):
+        command = [sys.executable, *program, "fit", "--config", "config.yaml", "--trainer.enable_progress_bar=false"]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        outputs.append(ended.stdout + ended.stderr)
+    assert "[1, 1, 1]" in outputs[0]
+    assert "`max_steps=3` reached" in outputs[1]
+    loss = float(outputs[0].split("losses ")[1].split()[0])
+    assert torch.isfinite(torch.tensor(loss))

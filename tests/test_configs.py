@@ -1,0 +1,90 @@
+"""Every config parses, describes each key, and the quickstart runs for real."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_edm.cli import main
+from lit_edm.sdxl import SDXLCheckpoint
+from lit_edm.sdxl.checks import check_loss
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_config_parses_and_loads_back(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def dumped(path: Path) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", "--config", str(path), "--print_config"])
+        assert ended.value.code in (0, None), capsys.readouterr().err
+        return capsys.readouterr().out
+
+    once = dumped(config)
+    again = tmp_path / "again.yaml"
+    again.write_text(once)
+    assert dumped(again) == once
+    assert yaml.safe_load(once)["model"]["class_path"].startswith("lit_edm.modules.")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_key_has_a_comment(config: Path) -> None:
+    """On its line, or on the line of what it belongs to."""
+    lines = config.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    for number, line in enumerate(lines):
+        if not (match := re.match(r"^(\s*)(- )?(\w+):(?! *$)", line)) or "#" in line:
+            continue
+        key, indent = match[3], len(match[1] + (match[2] or ""))
+        if key in ("class_path", "save_dir", "name", "dirpath") or line.lstrip().startswith("init_args: {save_dir"):
+            continue
+        above = [line for line in lines[:number] if len(line) - len(line.lstrip()) < indent]
+        assert "#" in above[-1], f"{config.name}:{number + 1}: {key} has no comment"
+
+
+def test_losses_fit_their_bases(tiny: Path, tiny_edm: Path) -> None:
+    """The combination of base and loss of each config, on a base of the same kind."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    from lit_edm.modules import SDXLModule
+
+    for config in CONFIGS:
+        base = SDXLCheckpoint(str(tiny_edm if config.stem == "playground" else tiny))
+        cli = LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            run=False,
+            save_config_callback=None,
+            args=["--config", str(config), "--trainer.logger=false", "--trainer.precision=32-true"],
+        )
+        if isinstance(cli.model, SDXLModule):
+            check_loss(cli.model.loss, base.preconditioning(), base.sigma_range())
+
+
+def test_the_quickstart_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole run in small: fit, pictures, logs, checkpoints, files."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--data.repeats=1", "--data.resolution=16"]
+    main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--model.pretrained={tiny}", *short])
+    run = tmp_path / "runs/quickstart"
+    written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert written >= {
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/last.ckpt",
+        "images/before_after.png",
+        "images/step_000002/03.png",
+        "adapter/README.md",
+        "adapter/pytorch_lora_weights.safetensors",
+        "adapter/icons3d_emb.safetensors",
+        "adapter/sample_03.png",
+        "adapter/config.yaml",
+    }
+    assert len((run / "metrics.csv").read_text().splitlines()) == 3
