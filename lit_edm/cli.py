@@ -63,7 +63,8 @@ def input_error_behind(error: BaseException | None) -> InputError | None:
 
 def fail(message: str) -> NoReturn:
     """Prints one line and ends with exit code 2."""
-    sys.stderr.write(f"lit-edm: error: {message}\n")
+    line = message.splitlines()[-1].removeprefix("lit_edm.errors.InputError: ")  # a loader's worker puts a traceback first
+    sys.stderr.write(f"lit-edm: error: {line}\n")
     sys.exit(2)
 
 

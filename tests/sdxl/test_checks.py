@@ -14,6 +14,7 @@ from lit_edm.edm import (
     Preconditioning,
     Scalings,
     SNRWeighting,
+    Stratified,
     TimestepSchedule,
     UniformTimesteps,
     VelocityPreconditioning,
@@ -70,6 +71,12 @@ def test_right_combinations_pass(loss: EDMLoss, base: Preconditioning, sigma_ran
     [
         (EDMLoss(UniformTimesteps(), EDMWeighting(0.5)), EPS, TABLE, r"weighting.*sigma_data is 0\.5.*write 1\.0"),
         (EDMLoss(LogNormal(), MinSNRWeighting()), EDM, KARRAS, r"weighting.*sigma_data is 1\.0.*write 0\.5"),
+        (
+            EDMLoss(Stratified(UniformTimesteps()), EDMWeighting(0.5)),
+            EDM,
+            KARRAS,
+            r"noise\.init_args\.noise is UniformTimesteps",
+        ),
         (EDMLoss(UniformTimesteps(), EDMWeighting(0.5)), EDM, KARRAS, "noise is UniformTimesteps.*has no timesteps"),
         (
             EDMLoss(UniformTimesteps(TimestepSchedule(beta_end=0.02)), SNRWeighting()),

@@ -53,8 +53,8 @@ def test_everything_outside_a_half_precision_network_is_float32(tiny_edm: Path) 
     denoise.unet.register_forward_pre_hook(lambda _, args: seen.extend(args))
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([0.002, 3.0])
     denoised = denoise(x, sigma, CONDITIONING)
-    sample, c_noise = seen
-    assert sample.dtype == torch.bfloat16
+    sample, c_noise, context = seen
+    assert sample.dtype == context.dtype == torch.bfloat16
     assert c_noise.dtype == denoised.dtype == torch.float32
     c_skip, c_out, _, expected = EDMPreconditioning(0.5)(sigma)
     assert c_noise.equal(expected)
