@@ -63,7 +63,7 @@ def input_error_behind(error: BaseException | None) -> InputError | None:
 
 def fail(message: str) -> NoReturn:
     """Prints one line and ends with exit code 2."""
-    line = message.splitlines()[-1].removeprefix("lit_edm.errors.InputError: ")  # a loader's worker puts a traceback first
+    line = message.splitlines()[-1].removeprefix("lit_edm.errors.InputError: ")  # a loader's worker adds a traceback
     sys.stderr.write(f"lit-edm: error: {line}\n")
     sys.exit(2)
 
