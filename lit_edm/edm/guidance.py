@@ -32,6 +32,6 @@ def guided(
         if limited and not inside.any():
             return denoised
         excess = append_dims(torch.where(inside, scale - 1, 0.0), x.ndim)
-        return denoised + excess.to(denoised.dtype) * (denoised - unconditional(x, sigma))
+        return denoised + excess * (denoised - unconditional(x, sigma))
 
     return denoise if scale == 1 else denoise_guided

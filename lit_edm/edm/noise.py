@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, log
+from math import inf, log, sqrt
 
 import torch
 from torch import Tensor
@@ -35,12 +35,17 @@ class InverseTransform(NoiseDistribution):
     Moving sigma over does not make the host wait for the device.
     """
 
+    @property
+    def num_values(self) -> int:
+        """How many equally likely values a discrete law has; 0 for a continuous one."""
+        return 0
+
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
         """Returns the sigma below which a share u of all draws lies; u in (0, 1), float64, of any shape."""
 
     def __call__(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        return self.at(_uniform(batch_size, generator), device)
+        return self.at(uniform((batch_size,), generator), device)
 
     def at(self, u: Tensor, device: torch.device) -> Tensor:
         """Returns the noise levels at quantiles u in [0, 1], float32, on the device."""
@@ -73,8 +78,8 @@ class LogNormal(InverseTransform):
     def quantile(self, u: Tensor) -> Tensor:
         bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=u.dtype, device=u.device)
         bounds = (bounds.log() - self.p_mean) / self.p_std
-        sign = -1 if bounds[0] > 0 else 1  # the normal CDF is exact in its lower tail, and rounds to 1 in the upper
-        low, high = torch.special.ndtr(sign * bounds)
+        sign = -1 if bounds[0] > 0 else 1  # a CDF is exact near 0 and rounds near 1: use the lower tail
+        low, high = torch.special.erfc(-sign * bounds / sqrt(2)) / 2  # and not ndtr, whose lower tail is inexact, too
         return (self.p_mean + self.p_std * sign * torch.special.ndtri(low + u * (high - low))).exp()
 
 
@@ -120,7 +125,7 @@ class MatchedLogNormal(InverseTransform):
     @cached_property
     def law(self) -> LogNormal:
         """The law itself; the moments are those before truncation."""
-        std, mean = torch.std_mean(self.schedule.sigmas().double().log(), correction=0)
+        std, mean = torch.std_mean(self.schedule.sigmas().log(), correction=0)
         return LogNormal(mean.item(), std.item(), self.schedule.sigma_min, self.schedule.sigma_max)
 
     def quantile(self, u: Tensor) -> Tensor:
@@ -156,6 +161,10 @@ class UniformTimesteps(InverseTransform):
     """
 
     schedule: TimestepSchedule = TimestepSchedule()
+
+    @property
+    def num_values(self) -> int:
+        return self.schedule.num_timesteps
 
     def quantile(self, u: Tensor) -> Tensor:
         return _entry(self.schedule.sigmas(u.device), u)
@@ -223,6 +232,10 @@ class IDDPMNoise(InverseTransform):
     def __post_init__(self) -> None:
         check_positive(self, "c1", "c2", "num_timesteps")
 
+    @property
+    def num_values(self) -> int:
+        return self.num_timesteps
+
     def quantile(self, u: Tensor) -> Tensor:
         return _entry(iddpm_sigmas(self.num_timesteps, self.c1, self.c2, u.device).flip(0), u)
 
@@ -232,7 +245,7 @@ def _entry(sigmas: Tensor, u: Tensor) -> Tensor:
     return sigmas[(u * len(sigmas)).long().clamp(max=len(sigmas) - 1)]
 
 
-def _uniform(batch_size: int, generator: torch.Generator | None) -> Tensor:
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """Draws from U[0, 1) in float64, on the CPU or where the generator lives."""
     device = "cpu" if generator is None else generator.device
-    return torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
+    return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)

@@ -34,16 +34,16 @@ class Preconditioning(ABC):
         """Returns the scalings at noise levels sigma (B,), in the dtype of sigma."""
 
     def denoise(self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor) -> Tensor:
-        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), Eq. 7, in the dtype of x whatever the network's.
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), Eq. 7, in float32 around a network of any precision.
 
         Args:
             network: F, called with its scaled input (B, ...) and c_noise (B,).
-            x: Noisy latents (B, ...).
-            sigma: Noise levels (B,).
+            x: Noisy latents (B, ...), at least float32.
+            sigma: Noise levels (B,), at least float32.
         """
         c_skip, c_out, c_in, c_noise = self(sigma)
         c_skip, c_out, c_in = (append_dims(c, x.ndim) for c in (c_skip, c_out, c_in))
-        return c_skip * x + c_out * network(c_in * x, c_noise).to(x.dtype)
+        return c_skip * x + c_out * network(c_in * x, c_noise)
 
 
 @dataclass(frozen=True)

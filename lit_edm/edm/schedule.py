@@ -62,7 +62,7 @@ class TimestepSchedule:
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Maps timesteps (B,), clipped to [0, T - 1], to noise levels (B,): the inverse of `timestep`."""
-        sigmas = self.sigmas(timestep.device).to(torch.promote_types(timestep.dtype, torch.float32))
+        sigmas = self.sigmas(timestep.device)
         timestep = timestep.clamp(0, self.num_timesteps - 1)
         index = timestep.long().clamp(max=self.num_timesteps - 2)
         return sigmas[index] ** (1 - (timestep - index)) * sigmas[index + 1] ** (timestep - index)

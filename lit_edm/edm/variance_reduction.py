@@ -7,7 +7,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from lit_edm.edm.noise import InverseTransform, LogNormal, NoiseDistribution
+from lit_edm.edm.noise import InverseTransform, LogNormal, NoiseDistribution, uniform
 from lit_edm.edm.validation import check
 
 
@@ -16,8 +16,7 @@ class Stratified(NoiseDistribution):
     """Spreads a batch evenly over a distribution: one draw from each of B equally likely strata, in random order.
 
     With W ranks there are B W strata. Rank r draws in stratum k W + (r + k) mod W for every k < B: the ranks share the
-    strata out without a word, and none of them leans to low or high noise. Any example is drawn from the law itself,
-    over all ranks together.
+    strata out without a word, and where W divides B none of them leans to low or high noise.
 
     Args:
         noise: The distribution.
@@ -26,9 +25,8 @@ class Stratified(NoiseDistribution):
     noise: InverseTransform = LogNormal()
 
     def __call__(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        source = torch.device("cpu") if generator is None else generator.device
-        k = torch.randperm(batch_size, device=source, generator=generator)
-        jitter = torch.rand(batch_size, dtype=torch.float64, device=source, generator=generator)
+        jitter = uniform((batch_size,), generator)
+        k = torch.randperm(batch_size, device=jitter.device, generator=generator)
         rank, world_size = _rank_and_world_size()
         stratum = k * world_size + (rank + k) % world_size
         return self.noise.at((stratum + jitter) / (batch_size * world_size), device)
@@ -58,7 +56,7 @@ class AdaptiveNoise(nn.Module, NoiseDistribution):
     squared_loss: Tensor
 
     def __init__(
-        self, noise: InverseTransform = LogNormal(), num_bins: int = 32, decay: float = 0.98, floor: float = 0.1
+        self, noise: InverseTransform = LogNormal(), num_bins: int = 25, decay: float = 0.98, floor: float = 0.1
     ) -> None:
         super().__init__()
         self.noise = noise
@@ -66,6 +64,7 @@ class AdaptiveNoise(nn.Module, NoiseDistribution):
         self.decay = decay
         self.floor = floor
         check(self, "num_bins", num_bins > 0, "positive")
+        check(self, "num_bins", noise.num_values % num_bins == 0, f"a divisor of the law's {noise.num_values} values")
         check(self, "decay", 0 <= decay < 1, "in [0, 1)")
         check(self, "floor", 0 < floor <= 1, "in (0, 1]")
         inner = torch.arange(1, num_bins, dtype=torch.float64, device="cpu") / num_bins
@@ -78,9 +77,8 @@ class AdaptiveNoise(nn.Module, NoiseDistribution):
         The bins are drawn on the device, which knows the losses, from a candidate for every bin made on the host,
         which knows float64: neither waits for the other.
         """
-        source = torch.device("cpu") if generator is None else generator.device
-        u = torch.rand(self.num_bins + 1, batch_size, dtype=torch.float64, device=source, generator=generator)
-        bins = torch.arange(self.num_bins, device=source)[:, None]
+        u = uniform((self.num_bins + 1, batch_size), generator)
+        bins = torch.arange(self.num_bins, device=u.device)[:, None]
         candidates = self.noise.at((bins + u[1:]) / self.num_bins, device)
         threshold = u[0].float().to(device, non_blocking=True)
         cumulative = self.probabilities().to(device).cumsum(0)

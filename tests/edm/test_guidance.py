@@ -47,6 +47,14 @@ def test_guidance_is_limited_to_its_interval(sigma: float, inside: bool) -> None
     assert (conditional.calls, unconditional.calls) == (1, int(inside))
 
 
+@pytest.mark.parametrize(("bounds", "outside"), [((0.28, inf), 0.1), ((0.0, 2.9), 3.0)])
+def test_an_interval_open_to_one_side_spares_calls_on_the_other(bounds: tuple[float, float], outside: float) -> None:
+    unconditional = Counted(0.2)
+    for sigma, calls in ((outside, 0), (1.0, 1)):
+        guided(Counted(0.5), unconditional, 3.0, *bounds)(X, levels(sigma, sigma, sigma))
+        assert unconditional.calls == calls
+
+
 @pytest.mark.parametrize(("bounds", "guided_examples"), [((0.5, inf), [1, 2]), ((0.0, 2.0), [0, 1]), ((0.5, 2.0), [1])])
 def test_every_example_has_its_own_noise_level(bounds: tuple[float, float], guided_examples: list[int]) -> None:
     out = guided(Counted(0.5), Counted(0.2), 3.0, *bounds)(X, levels(0.1, 1.0, 10.0))

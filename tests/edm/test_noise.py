@@ -140,8 +140,16 @@ def test_log_normal_is_exact_in_both_tails() -> None:
     u = torch.logspace(-15, -1, 15, dtype=torch.float64)
     expected = [math.exp(-1.2 + 1.2 * NormalDist().inv_cdf(p)) for p in u.tolist()]
     torch.testing.assert_close(LogNormal().quantile(u), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
-    upper, lower = LogNormal(0.0, 1.0, math.exp(9), inf), LogNormal(0.0, 1.0, 0.0, math.exp(-9))
-    torch.testing.assert_close(upper.quantile(U), 1 / lower.quantile(1 - U), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("z", [4.0, 9.0, 20.0, 35.0])
+def test_log_normal_is_exact_when_all_of_it_is_a_tail(z: float) -> None:
+    """Given Z > z, where Phi(-z) = erfc(z / sqrt(2)) / 2, Z exceeds its u-quantile with probability (1 - u) Phi(-z)."""
+    upper, lower = LogNormal(0.0, 1.0, sigma_min=math.exp(z)), LogNormal(0.0, 1.0, sigma_max=math.exp(-z))
+    for u, sigma in zip(U.tolist(), upper.quantile(U).tolist(), strict=True):
+        tail = math.erfc(math.log(sigma) / math.sqrt(2)) / math.erfc(z / math.sqrt(2))
+        assert tail == pytest.approx(1 - u, rel=1e-9)
+    torch.testing.assert_close(lower.quantile(1 - U), 1 / upper.quantile(U), rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("law", LAWS)

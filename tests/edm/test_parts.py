@@ -63,10 +63,10 @@ WRONG: list[tuple[type, str, Any]] = [
         for name in ("c1", "c2", "num_timesteps")
     ],
     (VPPreconditioning, "num_timesteps", 0),
-    (VPNoise, "epsilon_t", 1.0),
-    (VPTrajectory, "epsilon_s", 0.0),
+    *[(VPNoise, "epsilon_t", value) for value in (0.0, 1.0)],
+    *[(VPTrajectory, "epsilon_s", value) for value in (0.0, 1.0)],
     (IDDPMTrajectory, "j0", 1000),
-    (LogNormal, "p_mean", nan),
+    *[(LogNormal, "p_mean", value) for value in (nan, inf, -inf)],
     (LogNormal, "p_std", 0.0),
     *[(c, "sigma_min", -1.0) for c in (LogNormal, ScaledLogNormal)],
     *[(c, "sigma_min", 0.0) for c in (LogUniform, UniformKarras, VETrajectory, EDMTrajectory)],
@@ -132,6 +132,41 @@ def test_yaml_cannot_silently_give_a_part_the_range_of_the_one_it_replaces() -> 
 def test_a_wrong_field_is_refused_by_name(part: type, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{part.__name__}\.{name} must be .*, got {re.escape(repr(value))}"):
         part(**{name: value})
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    sdxl = TimestepSchedule(1000, 0.00085, 0.012, "scaled_linear", False)
+    assert TimestepSchedule() == sdxl
+    assert EDMPreconditioning() == EDMPreconditioning(0.5)
+    assert edm.EpsPreconditioning() == edm.EpsPreconditioning(sdxl)
+    assert edm.VelocityPreconditioning() == edm.VelocityPreconditioning(sdxl)
+    assert VPPreconditioning() == VPPreconditioning(19.9, 0.1, 1000)
+    assert IDDPMPreconditioning() == IDDPMPreconditioning(0.001, 0.008, 1000)
+    assert LogNormal() == LogNormal(-1.2, 1.2, 0.0, inf)
+    assert ScaledLogNormal() == ScaledLogNormal(1.0, 0.0, inf)
+    assert edm.MatchedLogNormal() == edm.MatchedLogNormal(sdxl)
+    assert edm.UniformTimesteps() == edm.UniformTimesteps(sdxl)
+    assert LogUniform() == LogUniform(0.02, 100.0)
+    assert UniformKarras() == UniformKarras(0.002, 80.0, 7.0)
+    assert VPNoise() == VPNoise(19.9, 0.1, 1e-5)
+    assert IDDPMNoise() == IDDPMNoise(0.001, 0.008, 1000)
+    assert edm.Stratified() == edm.Stratified(LogNormal())
+    assert EDMWeighting() == EDMWeighting(0.5)
+    assert MinSNRWeighting() == MinSNRWeighting(5.0, 1.0)
+    assert SoftMinSNRWeighting() == SoftMinSNRWeighting(1.0)
+    assert TruncatedSNRWeighting() == TruncatedSNRWeighting(1.0)
+    assert EDMLoss() == EDMLoss(LogNormal(), EDMWeighting())
+    assert VPTrajectory() == VPTrajectory(19.9, 0.1, 1e-3)
+    assert VETrajectory() == VETrajectory(0.02, 100.0)
+    assert IDDPMTrajectory() == IDDPMTrajectory(0.001, 0.008, 1000, 8)
+    assert EDMTrajectory() == EDMTrajectory(0.002, 80.0, 7.0)
+
+
+def test_the_least_and_the_greatest_allowed_are_allowed() -> None:
+    assert len(TimestepSchedule(num_timesteps=2, beta_start=0.01, beta_end=0.01).sigmas()) == 2
+    assert IDDPMTrajectory(j0=0).time_steps(3)[0] > IDDPMTrajectory(j0=999).time_steps(3)[0] > 0
+    assert AdaptiveNoise(num_bins=1, decay=0.0, floor=1.0).probabilities().tolist() == [1.0]
+    assert LearnedWeighting(num_features=1).num_features == 1
 
 
 def test_every_field_is_documented() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_edm.edm import (
     AdaptiveNoise,
     EDMWeighting,
+    IDDPMNoise,
     InverseTransform,
     LogNormal,
     LogUniform,
@@ -181,9 +182,23 @@ def test_losses_out_of_training_and_overflows_are_not_learned() -> None:
     assert noise.squared_loss.tolist() == [9.0, 1.0]
 
 
+def test_adaptive_noise_draws_for_a_device_it_does_not_live_on() -> None:
+    noise = AdaptiveNoise()
+    sigma = noise(3, torch.device("meta"))
+    assert sigma.device.type == noise.importance(sigma).device.type == "meta"
+
+
 def test_adaptive_noise_lands_in_checkpoints() -> None:
     noise, fresh = adapted([1.0, 2.0, 4.0, 9.0]), AdaptiveNoise(UNIT, num_bins=4)
     fresh.load_state_dict(copy.deepcopy(noise.state_dict()))
     assert torch.equal(fresh.probabilities(), noise.probabilities())
     assert list(noise.state_dict()) == ["squared_loss"]  # the bins are those of the law, whatever it was at the time
     assert not list(noise.parameters())
+
+
+def test_bins_must_not_cut_through_the_values_of_a_discrete_law() -> None:
+    for law in (UniformTimesteps(), IDDPMNoise()):
+        with pytest.raises(ValueError, match="num_bins must be a divisor of the law's 1000 values, got 32"):
+            AdaptiveNoise(law, num_bins=32)
+        assert AdaptiveNoise(law).num_bins == 25
+    assert AdaptiveNoise(LogNormal(), num_bins=32).num_bins == 32
