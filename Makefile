@@ -24,7 +24,7 @@ build/tiny-sdxl: | .venv/installed
 	$(BIN)/python scripts/make_tiny_sdxl.py $@
 
 quickstart: .venv/installed build/tiny-sdxl
-	$(BIN)/lit-edm fit --config configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/lit-edm fit --config configs/quickstart.yaml  # so small a network does not share out well
 
 test: .venv/installed
 	$(BIN)/python -m pytest

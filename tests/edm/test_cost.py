@@ -55,8 +55,8 @@ class Traffic(TorchDispatchMode):
 def test_under_two_percent_of_a_step_of_sdxl(batch_size: int, loss: EDMLoss, preconditioning: Preconditioning) -> None:
     """On the meta device, where nothing can be looked at: so the host never waits for it, either.
 
-    A step of the UNet reads each of its weights in bf16 at least twice, forward and backward, whatever else it does: the
-    bytes it moves, and so its time where memory is the limit, are at least these.
+    A step of the UNet reads each of its weights in bf16 at least twice, forward and backward, whatever else it does:
+    the bytes it moves, and so its time where memory is the limit, are at least these.
     """
     clean = torch.empty(batch_size, 4, 128, 128, device="meta")
     scale = torch.ones((), device="meta", requires_grad=True)
