@@ -1,7 +1,19 @@
-"""What happens when: the pivot, pictures, files. Installed as lit_edm.callbacks."""
+"""What happens when: the pivot, averages, validation, pictures, files. Installed as lit_edm.callbacks."""
 
+from lit_edm.callbacks.ema import ExponentialMovingAverage
 from lit_edm.callbacks.freeze_embeddings import FreezeEmbeddings
+from lit_edm.callbacks.sample_sheet import SampleSheet
 from lit_edm.callbacks.save_adapter import SaveAdapter
+from lit_edm.callbacks.validation_frechet_distance import ValidationFrechetDistance
 from lit_edm.callbacks.validation_images import ValidationImages
+from lit_edm.callbacks.validation_loss import ValidationLoss
 
-__all__ = ["FreezeEmbeddings", "SaveAdapter", "ValidationImages"]
+__all__ = [
+    "ExponentialMovingAverage",
+    "FreezeEmbeddings",
+    "SampleSheet",
+    "SaveAdapter",
+    "ValidationFrechetDistance",
+    "ValidationImages",
+    "ValidationLoss",
+]

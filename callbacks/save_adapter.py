@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_edm.callbacks.ema import averaged
 from lit_edm.callbacks.validation_images import ValidationImages
 from lit_edm.modules import SDXLModule
 from lit_edm.sdxl.card import AdapterFolder
@@ -14,7 +15,7 @@ from lit_edm.sdxl.export import save_embeddings, save_lora, write_whole
 
 
 class SaveAdapter(Callback):
-    """Exports the adapter and the new tokens at the end, and with each checkpoint.
+    """Exports the adapter and the new tokens, averaged if they are, at the end and with each checkpoint.
 
     The end of the run writes adapter/ in the run's folder, a checkpoint at step n writes adapter/step_<n>/. Each holds
     pytorch_lora_weights.safetensors, <name>_emb.safetensors (clip_l and clip_g), the run's config and a model card
@@ -46,9 +47,10 @@ class SaveAdapter(Callback):
 
     def write(self, trainer: Trainer, module: SDXLModule, folder: Path) -> AdapterFolder:
         """Writes weights, embeddings, config, pictures and the card, and returns their description."""
-        save_lora(module.denoiser.unet, folder)
-        if embeddings := module.conditioner.new_embeddings():
-            save_embeddings(embeddings, folder / f"{self.name}_emb.safetensors")
+        with averaged(trainer, module):
+            save_lora(module.denoiser.unet, folder)
+            if embeddings := module.conditioner.new_embeddings():
+                save_embeddings(embeddings, folder / f"{self.name}_emb.safetensors")
         described = AdapterFolder(
             folder=folder,
             checkpoint=module.checkpoint,

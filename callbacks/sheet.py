@@ -1,7 +1,9 @@
-"""Pictures as PNG files and contact sheets."""
+"""Pictures: from pixels, on contact sheets, to loggers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -9,18 +11,24 @@ MARGIN, TEXT_HEIGHT = 8, 16
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Turns pixels (B, 3, H, W), clamped to [-1, 1], into pictures."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """Turns pixels (B, 3, H, W) or (B, 1, H, W), clamped to [-1, 1], into pictures."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in pixels]
 
 
-def contact_sheet(rows: dict[str, Sequence[Image.Image]], captions: Sequence[str], side: int = 256) -> Image.Image:
+def contact_sheet(
+    rows: dict[str, Sequence[Image.Image]],
+    captions: Sequence[str],
+    side: int = 256,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
     """Lays pictures out with a title a row and a caption a column.
 
     Args:
         rows: Title and pictures of each row.
         captions: Caption of each column.
         side: Width and height in pixels at which each picture is shown.
+        resample: How pictures are brought to that size.
     """
     font = ImageFont.load_default(12)
     lines = [wrap(caption, font, side) for caption in captions]
@@ -34,8 +42,20 @@ def contact_sheet(rows: dict[str, Sequence[Image.Image]], captions: Sequence[str
         y = top + row * row_height
         draw.text((MARGIN, y), title, "gray", font)
         for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side)), (MARGIN + column * cell, y + TEXT_HEIGHT))
+            sheet.paste(picture.resize((side, side), resample), (MARGIN + column * cell, y + TEXT_HEIGHT))
     return sheet
+
+
+def log_pictures(
+    loggers: Iterable[Logger], name: str, pictures: list[Image.Image], captions: list[str], step: int
+) -> None:
+    """Hands pictures to TensorBoard and to loggers with a log_image method, such as W&B's."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for index, picture in enumerate(pictures):
+                logger.experiment.add_image(f"{name}/{index:02d}", np.asarray(picture), step, dataformats="HWC")
+        elif hasattr(logger, "log_image"):
+            logger.log_image(name, pictures, step=step, caption=captions)  # type: ignore[attr-defined]
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -1,25 +1,22 @@
 """Pictures of what the module has learned so far."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import Trainer
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_edm.batch import Batch
-from lit_edm.callbacks.sheet import contact_sheet, to_pictures
+from lit_edm.callbacks.pictures import PictureCallback
+from lit_edm.callbacks.sheet import contact_sheet, log_pictures, to_pictures
 from lit_edm.edm import guided, karras_sigmas, sample_heun
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
+from lit_edm.modules.diffusion import evaluating
 
 
-class ValidationImages(Callback):
+class ValidationImages(PictureCallback):
     """Renders prompts before training, every few steps and at the end, always from the same noise.
 
     Samples with Algorithm 1 of Karras et al. (2022) on their time steps (Eq. 5) over the noise levels that the base
@@ -49,41 +46,13 @@ class ValidationImages(Callback):
     ) -> None:
         if not prompts:
             raise InputError("ValidationImages.prompts is empty; write a prompt, or remove the callback")
+        super().__init__("images", every_n_steps)
         self.prompts = prompts
-        self.every_n_steps = every_n_steps
         self.resolution = resolution
         self.num_steps = num_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
-        self.rendered_step = -1
         self.pictures: list[Path] = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
-        """Renders what the base draws; a resumed run has these pictures already."""
-        if trainer.global_step == 0:
-            self.write(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: SDXLModule, *_: Any) -> None:
-        """Renders after every n optimizer steps, once, however many batches a step accumulates."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self.write(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: SDXLModule) -> None:
-        """Renders the result."""
-        self.write(trainer, pl_module)
-
-    def write(self, trainer: Trainer, module: SDXLModule) -> None:
-        """Renders on the first process and writes PNGs, the sheet and to the loggers, once a step."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "images"  # log_dir is a collective call
-        if trainer.global_step == self.rendered_step:
-            return
-        self.rendered_step = trainer.global_step
-        if trainer.is_global_zero:
-            with trainer.precision_plugin.forward_context():
-                images = self.render(module)
-            self.save(to_pictures(images), folder)
-            self.log_images(trainer, images)
-        trainer.strategy.barrier("ValidationImages")
 
     @torch.no_grad()
     def render(self, module: SDXLModule) -> Tensor:
@@ -103,7 +72,7 @@ class ValidationImages(Callback):
             denoise = guided(denoise, module.denoise_unconditionally(batch), self.guidance_scale)
         return module.decode(sample_heun(denoise, noise.to(module.device), sigmas))
 
-    def save(self, pictures: Sequence[Image.Image], folder: Path) -> None:
+    def save(self, pictures: list[Image.Image], folder: Path) -> None:
         """Writes one PNG a prompt, and the sheet that shows the first pictures of the run beside these."""
         step_folder = folder / f"step_{self.rendered_step:06d}"
         step_folder.mkdir(parents=True, exist_ok=True)
@@ -116,15 +85,8 @@ class ValidationImages(Callback):
             contact_sheet(rows, self.prompts).save(folder / "before_after.png")
 
     def log_images(self, trainer: Trainer, images: Tensor) -> None:
-        """Hands the pictures to TensorBoard and to loggers with a log_image method, such as W&B's."""
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for index, picture in enumerate(to_pictures(images)):
-                    logger.experiment.add_image(
-                        f"validation/{index:02d}", np.asarray(picture), self.rendered_step, dataformats="HWC"
-                    )
-            elif hasattr(logger, "log_image"):
-                logger.log_image("validation", to_pictures(images), step=self.rendered_step, caption=self.prompts)  # type: ignore[attr-defined]
+        """Hands the pictures to loggers."""
+        log_pictures(trainer.loggers, "validation", to_pictures(images), self.prompts, self.rendered_step)
 
 
 def empty_batch(prompt: str, resolution: int, device: torch.device) -> Batch:
@@ -132,15 +94,3 @@ def empty_batch(prompt: str, resolution: int, device: torch.device) -> Batch:
     size = torch.full((1, 2), resolution, device=device)
     image = torch.zeros(1, 3, resolution, resolution, device=device)
     return Batch(image=image, caption=[prompt], original_size=size, crop_top_left=torch.zeros_like(size))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module in eval mode and, after, each of its parts back in its own."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

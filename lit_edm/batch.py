@@ -44,3 +44,31 @@ class DescribesImages(Protocol):
     def captions(self) -> list[str]:
         """Returns the caption of every training image, placeholders not yet replaced; called after setup."""
         ...
+
+
+class LabelledExample(TypedDict):
+    """One image and its class, as a dataset yields it."""
+
+    image: Tensor
+    """Pixels in [-1, 1], shape (C, H, W), float32."""
+    label: int
+    """The class, from 0 on."""
+
+
+class LabelledBatch(TypedDict):
+    """A batch of labelled examples, stacked by the default collate function."""
+
+    image: Tensor
+    """Pixels in [-1, 1], shape (B, C, H, W), float32."""
+    label: Tensor
+    """The class of each image, shape (B,), int64."""
+
+
+@runtime_checkable
+class DescribesLabelledImages(Protocol):
+    """What a data module may tell of labelled images after setup: modules check it, callbacks write the names."""
+
+    image_shape: tuple[int, int, int]
+    """Channels, height and width of every image."""
+    class_names: list[str]
+    """A name for each class."""

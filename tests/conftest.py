@@ -1,12 +1,17 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests load local folders, with the real code
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from lit_edm.batch import Batch
+from lit_edm.data.labelled import LabelledImagesDataModule
+from lit_edm.modules import EDMModule, SmallUNet
 from lit_edm.sdxl.tiny import make_tiny_sdxl
 
 torch.set_num_threads(1)  # the tests' networks are smaller than the cost of sharing them out
@@ -52,3 +57,50 @@ def batch() -> Batch:
 def icons() -> Path:
     """The 22 captioned icons of the repository."""
     return Path(__file__).parents[1] / "data" / "icons3d"
+
+
+class NoisyPatches(LabelledImagesDataModule):
+    """Eleven images, 1 x 4 x 4, of three classes, seven of them trained on: numbers that no batch size divides."""
+
+    def __init__(self, batch_size: int = 3, held_out: float = 4 / 11, num_workers: int = 0) -> None:
+        super().__init__(held_out, batch_size, num_workers, seed=0)
+        self.image_shape = (1, 4, 4)
+        self.class_names = ["dark", "grey", "light"]
+
+    def read(self) -> tuple[Any, Any]:
+        pixels = torch.rand(11, 1, 4, 4, generator=torch.Generator().manual_seed(2)) * 2 - 1
+        examples = [{"image": image, "label": index % 3} for index, image in enumerate(pixels)]
+        return examples, examples
+
+
+@pytest.fixture
+def patches() -> type[NoisyPatches]:
+    """A data module of labelled images."""
+    return NoisyPatches
+
+
+@pytest.fixture
+def pixels() -> Callable[..., EDMModule]:
+    """Makes a module for those images whose network no longer has layers of zeros: all of it has an effect."""
+
+    def make(**settings: Any) -> EDMModule:
+        torch.manual_seed(0)
+        network = SmallUNet(1, 3, channels=8, multipliers=(1, 2))
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d) and not layer.weight.any():
+                torch.nn.init.normal_(layer.weight, std=0.03)
+        return EDMModule(network, **({"image_shape": (1, 4, 4), "num_classes": 3} | settings))
+
+    return make
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes a quiet trainer on the CPU."""
+
+    def make(*callbacks: Callback, **settings: Any) -> Trainer:
+        defaults = {"max_steps": 4, "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
+        quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+        return Trainer(callbacks=list(callbacks), **(defaults | quiet | settings))
+
+    return make

@@ -1,9 +1,10 @@
-"""Every config parses, describes each key, and the quickstart runs for real."""
+"""Every config parses, describes each key, and those that need no download run for real."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_edm.cli import main
@@ -88,3 +89,18 @@ def test_the_quickstart_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "adapter/config.yaml",
     }
     assert len((run / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_the_digits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run from scratch in small: fit, average, validation, samples, logs, checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=1"]
+    small = ["--model.network.channels=8", "--data.held_out=0.02"]
+    main(["fit", "--config", str(ROOT / "configs/edm_digits.yaml"), *short, *small])
+    run = tmp_path / "runs/edm_digits"
+    written = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert written >= {"config.yaml", "checkpoints/last.ckpt", "samples/step_000000.png", "samples/step_000002.png"}
+    columns = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "val/loss", "val/loss_sigma_0.002", "val/loss_sigma_80", "val/frechet_distance"} <= {*columns}
+    average = torch.load(run / "checkpoints/last.ckpt")["callbacks"]["ExponentialMovingAverage"]
+    assert average["images_seen"] == 2 * 128

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from lit_edm.batch import Example
 from lit_edm.data.folder import CaptionedImageFolder
 from lit_edm.data.images import check_images
+from lit_edm.data.loading import check_least, make_loader
 from lit_edm.data.transforms import SquareCrop
 from lit_edm.errors import InputError
 
@@ -29,6 +29,7 @@ class CaptionedImagesDataModule(LightningDataModule):
         random_flip: Mirror images at random, drawn anew each time; not for pictures with text or a left and right.
         batch_size: Images in a batch, on each device.
         num_workers: Processes that load images; 0 loads them in the training process.
+        val_root: Folder of images held out for ValidationLoss, captioned like those of root; none if not given.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class CaptionedImagesDataModule(LightningDataModule):
         random_flip: bool = False,
         batch_size: int = 1,
         num_workers: int = 0,
+        val_root: Path | str | None = None,
     ) -> None:
         super().__init__()
         self.root = root
+        self.val_root = val_root
         self.resolution = resolution
         self.caption_column = caption_column
         self.instance_prompt = instance_prompt
@@ -56,30 +59,35 @@ class CaptionedImagesDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Finds the images and their captions, and checks that every image can be read."""
-        for key, least in {"repeats": 1, "batch_size": 1, "num_workers": 0}.items():
-            if getattr(self, key) < least:
-                raise InputError(f"data.init_args.{key} is {getattr(self, key)}: give at least {least}")
-        self.dataset = self._build_dataset()
+        check_least(self, repeats=1, batch_size=1, num_workers=0)
+        self.dataset = self._build_dataset(self.root, SquareCrop(self.resolution, self.random_crop, self.random_flip))
         check_images(image.path for image in self.dataset.images)
+        if self.val_root is not None:
+            self._set_up_held_out(Path(self.val_root).expanduser())
 
     def captions(self) -> list[str]:
-        """Returns the caption of every image, once however often it is repeated; to be called after setup."""
+        """Returns the caption of every training image, once however often it is repeated; called after setup."""
         return [image.caption for image in self.dataset.images]
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Returns the shuffled batches of an epoch."""
-        return DataLoader(
-            _Repeated(self.dataset, self.repeats),
-            self.batch_size,
-            shuffle=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return make_loader(_Repeated(self.dataset, self.repeats), self.batch_size, self.num_workers, shuffle=True)
 
-    def _build_dataset(self) -> CaptionedImageFolder:
-        crop = SquareCrop(self.resolution, self.random_crop, self.random_flip)
-        return CaptionedImageFolder(self.root, crop, self.caption_column, self.instance_prompt)
+    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
+        """Returns the held-out images, cut out of the middle, in the same order always; an empty list without any."""
+        return [] if self.val_root is None else make_loader(self.val_dataset, self.batch_size, self.num_workers)
+
+    def _build_dataset(self, root: Path | str, crop: SquareCrop) -> CaptionedImageFolder:
+        return CaptionedImageFolder(root, crop, self.caption_column, self.instance_prompt)
+
+    def _set_up_held_out(self, val_root: Path) -> None:
+        if not val_root.is_dir():
+            raise InputError(f"{val_root} is no folder: correct data.init_args.val_root")
+        self.val_dataset = self._build_dataset(val_root, SquareCrop(self.resolution))
+        check_images(image.path for image in self.val_dataset.images)
+        trained = {image.path.resolve() for image in self.dataset.images}
+        if both := next((image.path for image in self.val_dataset.images if image.path.resolve() in trained), None):
+            raise InputError(f"{both} is trained on too: keep data.init_args.val_root outside data.init_args.root")
 
 
 class _Repeated(Dataset[Example]):

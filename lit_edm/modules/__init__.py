@@ -1,5 +1,8 @@
 """Lightning modules: the networks, the loss and the optimizer put together."""
 
+from lit_edm.modules.diffusion import DiffusionModule
+from lit_edm.modules.networks import SmallUNet
+from lit_edm.modules.pixels import EDMModule
 from lit_edm.modules.sdxl import SDXLModule
 
-__all__ = ["SDXLModule"]
+__all__ = ["DiffusionModule", "EDMModule", "SDXLModule", "SmallUNet"]

@@ -1,12 +1,9 @@
 """Fine-tunes SDXL and Playground v2.5. Read this file first: training_step is the flow of the whole package."""
 
-import os
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -15,14 +12,12 @@ from torch import Tensor, nn
 from lit_edm.batch import Batch, DescribesImages
 from lit_edm.edm import Denoise, DiffusionLoss, EDMLoss, Preconditioning, SNRWeighting, UniformTimesteps
 from lit_edm.errors import InputError
+from lit_edm.modules.diffusion import DiffusionModule, trainable
 from lit_edm.sdxl import Adapter, LatentSpace, LoRA, Placeholders, SDXLCheckpoint, SDXLConditioner, SDXLDenoiser
 from lit_edm.sdxl.checks import check_loss, check_preconditioning, check_resolution, latent_statistics_differ
 
-FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""Precision of the frozen weights by the trainer's. Every trainable value is float32 throughout."""
 
-
-class SDXLModule(LightningModule):
+class SDXLModule(DiffusionModule):
     """Fine-tunes an SDXL-shaped base: an adapter of the UNet and, by textual inversion, embeddings of new tokens.
 
     Whether the base predicts epsilon, v or EDM's F, its noise schedule and its latents' statistics are read from its
@@ -63,7 +58,7 @@ class SDXLModule(LightningModule):
         embeddings_lr: float | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(loss, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint is strict about that
         self.checkpoint = SDXLCheckpoint(pretrained, vae, variant, revision)
@@ -71,11 +66,7 @@ class SDXLModule(LightningModule):
         self.initializers = initializers or {}
         self.pool_at_end = pool_at_end
         self.adapter = adapter
-        self.loss = loss
-        self.loss_parts = nn.ModuleList(loss.stateful_parts())
         self.preconditioning = preconditioning
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.embeddings_lr = embeddings_lr
         self.gradient_checkpointing = gradient_checkpointing
         if unknown := self.initializers.keys() - self.placeholders.counts.keys():
@@ -87,7 +78,7 @@ class SDXLModule(LightningModule):
         Raises:
             InputError: Base, loss, precision, resolution, captions or tokens do not fit together.
         """
-        self.frozen_dtype()
+        self.network_dtype()
         base = self.checkpoint.preconditioning()
         check_preconditioning(self.preconditioning or base, base)
         check_loss(self.loss, base, self.sigma_range)
@@ -109,7 +100,7 @@ class SDXLModule(LightningModule):
         """Loads the networks, once: Lightning calls this for every stage."""
         if hasattr(self, "denoiser"):
             return
-        dtype = self.frozen_dtype()
+        dtype = self.network_dtype()  # of frozen weights; what is trained stays float32
         fragile = self.checkpoint.vae_config().get("force_upcast", True)
         self.latents = LatentSpace(self.checkpoint.load_vae(torch.float32 if fragile else dtype))
         self.conditioner = SDXLConditioner(
@@ -164,31 +155,18 @@ class SDXLModule(LightningModule):
         if embeddings := self.embedding_parameters():
             rate = {} if self.embeddings_lr is None else {"lr": self.embeddings_lr}
             groups.append({"name": "embeddings", "params": embeddings, **rate})
-        if parts := trainable(self.loss_parts):
-            groups.append({"name": "loss", "params": parts, "weight_decay": 0.0})
-        optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-4)
+        optimizer = self.make_optimizer(groups)
         rates = {group["lr"] for group in optimizer.param_groups}
         if type(optimizer).__module__.startswith("prodigyopt") and len(rates) > 1:
             raise InputError(
                 f"model.init_args.embeddings_lr is {self.embeddings_lr}, but Prodigy takes one learning rate for all; "
                 "remove the line"
             )
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Makes every random number of a step a function of (seed, step, rank).
-
-        So ranks, which Lightning seeds alike, never share noise, and a resumed run draws what it would have drawn.
-        """
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where seed_everything leaves it
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        state = np.random.SeedSequence((seed, step, self.global_rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(state[0]))
+        return self.with_schedule(optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what is trained: a few megabytes, whatever the base's size."""
+        super().on_save_checkpoint(checkpoint)
         keep = self._trained_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in keep}
 
@@ -204,25 +182,6 @@ class SDXLModule(LightningModule):
     def _trained_names(self) -> set[str]:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return trained | {f"loss_parts.{name}" for name in self.loss_parts.state_dict()}
-
-    def frozen_dtype(self) -> torch.dtype:
-        """Returns the precision of the frozen weights, by the trainer's.
-
-        Raises:
-            InputError: The trainer's precision would hold trainable values in less than float32.
-        """
-        precision = "32-true" if self._trainer is None else str(self.trainer.precision)
-        if precision not in FROZEN_DTYPES:
-            raise InputError(
-                f"trainer.precision is {precision}; use one of {', '.join(FROZEN_DTYPES)}: frozen weights are held in "
-                "half precision then, trainable values in float32"
-            )
-        return FROZEN_DTYPES[precision]
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that require a gradient."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def time_ids(batch: Batch) -> Tensor:

@@ -52,7 +52,7 @@ def test_writes_at_the_end_and_with_each_checkpoint(tiny: Path, icons: Path, tmp
         assert all(embeddings[name].equal(rows) for name, rows in module.conditioner.new_embeddings().items())
     halfway = load_file(folder / "step_000002" / "pytorch_lora_weights.safetensors")
     assert any(not halfway[name].equal(value) for name, value in saved.items())
-    checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0-step=2.ckpt", weights_only=False)["state_dict"]
+    checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0-step=2.ckpt")["state_dict"]
     rows = checkpoint["conditioner.encoders.0.embeddings.token_embedding.rows"]
     assert load_file(folder / "step_000002" / "icons_emb.safetensors")["clip_l"].equal(rows)
     last = tmp_path / "images" / "step_000004" / "00.png"

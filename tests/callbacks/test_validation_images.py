@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_edm.callbacks import ValidationImages
 from lit_edm.callbacks.sheet import contact_sheet, to_pictures
-from lit_edm.callbacks.validation_images import evaluating
 from lit_edm.data import CaptionedImagesDataModule
 from lit_edm.edm import karras_sigmas, sample_heun
 from lit_edm.errors import InputError
@@ -107,15 +106,6 @@ def test_pictures_reach_tensorboard(tiny: Path, icons: Path, tmp_path: Path) -> 
 def test_no_prompt() -> None:
     with pytest.raises(InputError, match=r"ValidationImages\.prompts is empty"):
         ValidationImages([])
-
-
-def test_modes_come_back_after_an_error() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).eval())
-    seen = []
-    with pytest.raises(ZeroDivisionError), evaluating(module):
-        seen.append(1 / any(part.training for part in module.modules()))
-    assert not seen
-    assert [part.training for part in module.modules()] == [True, True, False]
 
 
 class TestSheet:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from lit_edm.batch import Batch, DescribesImages
 from lit_edm.data import CaptionedImagesDataModule
@@ -158,6 +158,42 @@ def test_unlisted_broken_image_does_no_harm(root: Path) -> None:
     (root / "metadata.jsonl").write_text('{"file_name": "one.png", "text": "uno"}\n')
     (root / "two.png").write_bytes(b"")
     assert _set_up(root).captions() == ["uno"]
+
+
+class TestHeldOut:
+    @pytest.fixture
+    def val_root(self, tmp_path: Path, save: Save) -> Path:
+        for name in ("four", "five"):
+            save(f"../held_out/{name}.png", Image.new("RGB", (48, 32))).with_suffix(".txt").write_text(name)
+        return tmp_path.parent / "held_out"
+
+    def test_is_neither_shuffled_nor_changed_at_random(self, root: Path, val_root: Path) -> None:
+        data = _set_up(root, val_root=val_root, random_crop=True, random_flip=True, repeats=3, batch_size=2)
+        loader = data.val_dataloader()
+        assert isinstance(loader.sampler, SequentialSampler)  # type: ignore[union-attr]
+        for _ in range(3):
+            (batch,) = loader
+            assert batch["caption"] == ["five", "four"]
+            assert batch["crop_top_left"].tolist() == [[0, 8]] * 2
+        assert data.captions() == ["one", "three", "two"], "of what is trained on"
+        assert {caption for batch in data.train_dataloader() for caption in batch["caption"]} == {"one", "two", "three"}
+
+    def test_without_one(self, root: Path) -> None:
+        assert _set_up(root).val_dataloader() == []
+
+    def test_that_does_not_exist(self, root: Path) -> None:
+        with pytest.raises(InputError, match=r"nowhere is no folder: correct data\.init_args\.val_root"):
+            _set_up(root, val_root=root / "nowhere")
+
+    def test_with_a_broken_image(self, root: Path, val_root: Path) -> None:
+        (val_root / "four.png").write_bytes(b"none")
+        with pytest.raises(InputError, match=r"four\.png cannot be read"):
+            _set_up(root, val_root=val_root)
+
+    def test_that_is_trained_on_too(self, root: Path, save: Save) -> None:
+        save("inner/six.png").with_suffix(".txt").write_text("six")
+        with pytest.raises(InputError, match=r"six\.png is trained on too: keep data\.init_args\.val_root outside"):
+            _set_up(root, val_root=root / "inner")
 
 
 def test_every_argument_is_documented() -> None:

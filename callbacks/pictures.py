@@ -1,0 +1,66 @@
+"""When pictures are rendered, whatever they show."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from PIL import Image
+from torch import Tensor
+
+from lit_edm.callbacks.ema import averaged
+from lit_edm.callbacks.sheet import to_pictures
+from lit_edm.modules import DiffusionModule
+
+
+class PictureCallback(Callback, ABC):
+    """Renders before training, every few steps and at the end, with averaged weights where there are such.
+
+    Args:
+        folder: Name of the pictures' folder in the run's folder.
+        every_n_steps: Optimizer steps between renderings; 0 renders before and after training alone.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int) -> None:
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.rendered_step = -1
+
+    @abstractmethod
+    def render(self, module: Any) -> Tensor:
+        """Returns pixels (B, C, H, W), about [-1, 1]; draws nothing from the global generator."""
+
+    @abstractmethod
+    def save(self, pictures: list[Image.Image], folder: Path) -> None:
+        """Writes the pictures of this step to the folder."""
+
+    @abstractmethod
+    def log_images(self, trainer: Trainer, images: Tensor) -> None:
+        """Hands the rendered pixels to loggers."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:
+        """Renders what there is before training; a resumed run has these pictures already."""
+        if trainer.global_step == 0:
+            self.write(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: DiffusionModule, *_: Any) -> None:
+        """Renders after every n optimizer steps, once, however many batches a step accumulates."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: DiffusionModule) -> None:
+        """Renders the result."""
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Renders on the first process and writes to files and loggers, once a step."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # log_dir is a collective call
+        if trainer.global_step == self.rendered_step:
+            return
+        self.rendered_step = trainer.global_step
+        if trainer.is_global_zero:
+            with averaged(trainer, module), trainer.precision_plugin.forward_context():
+                images = self.render(module)
+            self.save(to_pictures(images), folder)
+            self.log_images(trainer, images)
+        trainer.strategy.barrier(type(self).__name__)

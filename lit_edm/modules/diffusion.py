@@ -1,0 +1,132 @@
+"""What training modules share: the interface that callbacks know, the optimizer, and reproducible steps."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_edm.edm import Denoise, DiffusionLoss
+from lit_edm.errors import InputError
+
+NETWORK_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Precision that networks compute in by the trainer's. Every trainable value is float32 throughout."""
+
+
+class DiffusionModule(LightningModule, ABC):
+    """Trains a denoiser D(x; sigma) of clean latents y.
+
+    Args:
+        loss: Scores the denoiser on a batch of clean latents.
+        optimizer: Creates the optimizer from parameter groups; AdamW at 1e-4 if not given.
+        lr_scheduler: Creates the learning rate schedule, stepped every optimizer step.
+    """
+
+    def __init__(
+        self, loss: DiffusionLoss, optimizer: OptimizerCallable | None, lr_scheduler: LRSchedulerCallable | None
+    ) -> None:
+        super().__init__()
+        self.loss = loss
+        self.loss_parts = nn.ModuleList(loss.stateful_parts())
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    @abstractmethod
+    def encode(self, batch: Any) -> Tensor:
+        """Returns the clean latents (B, C, H, W) of a batch, float32; may draw from the global generator."""
+
+    @abstractmethod
+    def denoise(self, batch: Any) -> Denoise:
+        """Returns D(x; sigma) given all that a batch says of its images."""
+
+    @abstractmethod
+    def denoise_unconditionally(self, batch: Any) -> Denoise:
+        """Returns D(x; sigma) without caption or class, for classifier-free guidance."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the pixels, about [-1, 1], of latents (B, C, H, W)."""
+
+    @property
+    @abstractmethod
+    def sigma_range(self) -> tuple[float, float]:
+        """The smallest and the largest noise level to sample from."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Leaves it to callbacks such as ValidationLoss: Lightning validates only modules that have this method."""
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """Creates the optimizer of named parameter groups and, without weight decay, of the loss's own parameters."""
+        if parts := trainable(self.loss_parts):
+            groups = [*groups, {"name": "loss", "params": parts, "weight_decay": 0.0}]
+        return self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-4)
+
+    def with_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
+        """Adds the learning rate schedule, stepped every optimizer step, if there is one."""
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes every random number of a step a function of (seed, step, rank).
+
+        So ranks, which Lightning seeds alike, never share noise, and a resumed run draws what it would have drawn.
+        """
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where seed_everything leaves it
+        torch.manual_seed(seed_of(seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops the arguments of a module built in Python: objects, which weights-only loading refuses.
+
+        Who loads such a checkpoint gives them again. Those of the command line are a plain config, and stay.
+        """
+        if not self.built_from_config():
+            checkpoint.pop(self.CHECKPOINT_HYPER_PARAMS_KEY, None)
+
+    def built_from_config(self) -> bool:
+        """Tells whether the command line built this module, whose hyperparameters are the config's plain text then."""
+        return "_instantiator" in self.hparams
+
+    def network_dtype(self) -> torch.dtype:
+        """Returns the precision that networks compute in, by the trainer's.
+
+        Raises:
+            InputError: The trainer's precision would hold trainable values in less than float32.
+        """
+        precision = "32-true" if self._trainer is None else str(self.trainer.precision)
+        if precision not in NETWORK_DTYPES:
+            raise InputError(
+                f"trainer.precision is {precision}; use one of {', '.join(NETWORK_DTYPES)}: networks compute in half "
+                "precision then, and what is trained stays float32"
+            )
+        return NETWORK_DTYPES[precision]
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that require a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def seed_of(*numbers: int) -> int:
+    """Mixes numbers, none negative, to a seed of 64 bits; those of neighbouring numbers have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module in eval mode and, after, each of its parts back in its own."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
