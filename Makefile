@@ -1,8 +1,6 @@
 # make quickstart: from a clone to trained files and pictures.  make test: the tests.  make check: lint, types, layers.
 PYTHON ?= python3
 BIN := .venv/bin
-export HF_HUB_OFFLINE = 1
-export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help install quickstart test check format clean
 
@@ -16,6 +14,8 @@ install: .venv/installed
 
 # Plain pins of what was tested together; pip takes them as constraints, users of the package do not inherit them.
 .venv/installed: pyproject.toml requirements/tested.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint requirements/tested.txt --editable ".[dev]"
 	touch $@

@@ -77,6 +77,7 @@ def main(args: ArgsType = None) -> None:
         args: Arguments in place of those of the command line.
     """
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training")  # the frozen networks, on purpose
+    warnings.filterwarnings("ignore", ".*across ranks is zero")  # no validation images, on purpose
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning's own
     try:
         LightningCLI(

@@ -186,5 +186,6 @@ class SDXLModule(DiffusionModule):
 
 def time_ids(batch: Batch) -> Tensor:
     """Concatenates original size, crop and target size, each height or top first, to SDXL's conditioning (B, 6)."""
-    target = torch.tensor(batch["image"].shape[-2:]).to(batch["original_size"]).expand_as(batch["original_size"])
-    return torch.cat([batch["original_size"], batch["crop_top_left"], target], dim=1)
+    original_size, crop_top_left = batch["original_size"], batch["crop_top_left"]
+    height, width = (torch.full_like(original_size[:, :1], side) for side in batch["image"].shape[-2:])
+    return torch.cat([original_size, crop_top_left, height, width], dim=1)

@@ -76,7 +76,7 @@ class SDXLConditioner(nn.Module):
         ids = tokenizer(
             texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids
-        return encoder(ids.to(encoder.device), output_hidden_states=True)
+        return encoder(ids.to(encoder.device, non_blocking=True), output_hidden_states=True)
 
     def new_embeddings(self) -> dict[str, nn.Parameter]:
         """Returns the new rows (N, D) of each encoder under the names that embedding files give them, empty if none."""
