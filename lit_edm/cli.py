@@ -1,4 +1,4 @@
-"""The command line: LightningCLI, with every class of this package known by its short name."""
+"""The command line: Lightning's, with every class of this package known by its short name."""
 
 import difflib
 import re
@@ -17,6 +17,13 @@ CLASSES = [name for room in (callbacks, data, edm, modules, sdxl) for name in ro
 BOILERPLATE = re.compile(
     "Does not validate|Subtypes:|Errors:|Given value|Problem with given|Expected a <class 'NoneType'>|Expected a path"
 )
+
+
+class CLI(LightningCLI):
+    """LightningCLI, but for one thing: a resumed run is what its config says, not what its checkpoint was."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Reads nothing from the checkpoint, whose hyperparameters would silently beat YAML and command line."""
 
 
 class Parser(LightningArgumentParser):
@@ -80,7 +87,7 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", ".*across ranks is zero")  # no validation images, on purpose
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning's own
     try:
-        LightningCLI(
+        CLI(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

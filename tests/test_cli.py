@@ -152,6 +152,18 @@ def test_messages_without_structure_pass_unchanged() -> None:
     assert one_line("Option 'x' is not accepted") == "Option 'x' is not accepted"
 
 
+def test_a_resumed_run_is_what_its_config_says(run: Callable[..., str], tmp_path: Path) -> None:
+    """Lightning would take the rank and all else from the checkpoint, without a word."""
+    config = ["fit", "--config", str(tmp_path / "config.yaml")]
+    saving = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+    main([*config, *saving, f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.filename=first"])
+    resumed = [*config, f"--ckpt_path={tmp_path / 'first.ckpt'}", "--trainer.max_steps=2"]
+    main([*resumed, "--model.gradient_checkpointing=true", f"--trainer.default_root_dir={tmp_path / 'resumed'}"])
+    saved = yaml.safe_load((tmp_path / "resumed" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["gradient_checkpointing"] is True
+    assert "trained with another adapter or other tokens" in run(*resumed[3:], "--model.tokens=null")
+
+
 OTHER_PROJECT = '''
 from dataclasses import dataclass
 import torch
