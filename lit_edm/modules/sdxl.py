@@ -113,6 +113,15 @@ class SDXLModule(DiffusionModule):
             unet.enable_gradient_checkpointing()
         self.denoiser = SDXLDenoiser(unet, self.preconditioning or self.checkpoint.preconditioning())
 
+    def on_fit_start(self) -> None:
+        """Warns of captions that are cut off."""
+        images = getattr(self.trainer, "datamodule", None)
+        if isinstance(images, DescribesImages) and (long := self.conditioner.too_long(images.captions())):
+            rank_zero_warn(
+                f"{len(long)} captions are longer than the text encoders read, and only their beginnings are trained; "
+                f"shorten them, the first is '{long[0]}'"
+            )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Encodes, denoises, weighs; returns the mean loss of the batch."""
         latents = self.encode(batch)

@@ -68,6 +68,14 @@ class SDXLConditioner(nn.Module):
         empty = self([""] * len(time_ids), time_ids)
         return empty.zeros() if self.zeros_for_empty_prompt else empty
 
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """Returns the captions of which the encoders read only the beginning: 75 tokens between the two marks."""
+        tokenizer = self.tokenizers[0]
+        texts = [self.placeholders.replace(caption) for caption in captions]
+        lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+        pairs = zip(captions, lengths, strict=True)
+        return [caption for caption, length in pairs if length > tokenizer.model_max_length]
+
     def encode(self, index: int, captions: Sequence[str]) -> Any:
         """Runs one of the two encoders; returns the output of transformers' CLIP with all hidden states."""
         tokenizer: Any = self.tokenizers[index]

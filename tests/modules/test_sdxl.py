@@ -1,4 +1,5 @@
 import os
+import re
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -294,6 +295,18 @@ class TestSetup:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             SDXLModule(str(tiny_edm), loss=EDMLoss()).setup("validate")
+
+    def test_captions_that_are_cut_off_warn(self, tiny: Path, icons: Path, tmp_path: Path) -> None:
+        (tmp_path / "rocket.webp").write_bytes((icons / "01-rocket.webp").read_bytes())
+        fits = "TOK " + "a" * 73  # with <s0><s1>, a token a letter: 75
+        for prompt, warned in ((fits, []), (fits + "b", [f"1 captions are longer .* '{fits}b'"])):
+            data = CaptionedImagesDataModule(tmp_path, resolution=16, instance_prompt=prompt)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                trainer_of(max_steps=1).fit(module_of(tiny), data)
+            found = [str(warning.message) for warning in seen if "captions are longer" in str(warning.message)]
+            assert len(found) == len(warned)
+            assert all(re.match(pattern, message) for pattern, message in zip(warned, found, strict=True))
 
     def test_checks_come_before_weights(self, tiny: Path, icons: Path) -> None:
         module = SDXLModule(str(tiny), loss=EDMLoss())
