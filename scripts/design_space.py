@@ -40,16 +40,17 @@ def design_space(
         output: Folder to write to.
     """
     torch.set_num_threads(1)
+    at = commit()  # before any result is written, which git would see as a change
     output.mkdir(parents=True, exist_ok=True)
     file = output / "design_space.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     if only != "training":
         points = Digits().trained["image"].flatten(1).double()
-        found["sampling"] = recorded(lambda: compare_samplers(points), workers=1)
+        found["sampling"] = recorded(lambda: compare_samplers(points), 1, at)
         file.write_text(json.dumps(found, indent=1) + "\n")
     if only != "sampling":
         budget = Budget(steps=steps, learning_rate=learning_rate)
-        found["training"] = recorded(lambda: train_all(range(seeds), budget, workers), workers)
+        found["training"] = recorded(lambda: train_all(range(seeds), budget, workers), workers, at)
         file.write_text(json.dumps(found, indent=1) + "\n")
     write_report(found, file.with_suffix(".md"))
     for part, plot in {"training": plot_training, "sampling": plot_sampling}.items():
@@ -57,8 +58,8 @@ def design_space(
             plot(found[part], output / f"design_space_{part}.png")
 
 
-def recorded(part: Callable[[], dict[str, Any]], workers: int) -> dict[str, Any]:
-    """Does a part of the work; returns what it found, with what it took and what it was done with."""
+def recorded(part: Callable[[], dict[str, Any]], workers: int, at: str) -> dict[str, Any]:
+    """Does a part of the work at a commit; returns what it found, with what it took and what it was done with."""
     wall, cpu = perf_counter(), cpu_seconds()
     found = part()
     return found | {
@@ -67,7 +68,7 @@ def recorded(part: Callable[[], dict[str, Any]], workers: int) -> dict[str, Any]
             "cpu_seconds": cpu_seconds() - cpu,
             "cpu_count": os.cpu_count(),
             "workers": workers,
-            "commit": commit(),
+            "commit": at,
             "versions": {name: version(name) for name in ("torch", "lightning", "numpy", "scikit-learn")},
         }
     }
