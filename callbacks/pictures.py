@@ -35,8 +35,8 @@ class PictureCallback(Callback, ABC):
         """Writes the pictures of this step to the folder."""
 
     @abstractmethod
-    def log_images(self, trainer: Trainer, images: Tensor) -> None:
-        """Hands the rendered pixels to loggers."""
+    def log_images(self, trainer: Trainer, pictures: list[Image.Image]) -> None:
+        """Hands the pictures of this step to loggers."""
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:
         """Renders what there is before training; a resumed run has these pictures already."""
@@ -60,7 +60,7 @@ class PictureCallback(Callback, ABC):
         self.rendered_step = trainer.global_step
         if trainer.is_global_zero:
             with averaged(trainer, module), trainer.precision_plugin.forward_context():
-                images = self.render(module)
-            self.save(to_pictures(images), folder)
-            self.log_images(trainer, images)
+                pictures = to_pictures(self.render(module))
+            self.save(pictures, folder)
+            self.log_images(trainer, pictures)
         trainer.strategy.barrier(type(self).__name__)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_edm.batch import DescribesLabelledImages
 from lit_edm.callbacks.pictures import PictureCallback
-from lit_edm.callbacks.sheet import contact_sheet, log_pictures, to_pictures
+from lit_edm.callbacks.sheet import contact_sheet, log_pictures
 from lit_edm.modules import EDMModule
 
 
@@ -68,7 +68,7 @@ class SampleSheet(PictureCallback):
         folder.mkdir(parents=True, exist_ok=True)
         self.sheet(pictures).save(folder / f"step_{self.rendered_step:06d}.png")
 
-    def log_images(self, trainer: Trainer, images: Tensor) -> None:
+    def log_images(self, trainer: Trainer, pictures: list[Image.Image]) -> None:
         """Hands the sheet to loggers."""
-        sheet = self.sheet(to_pictures(images))
+        sheet = self.sheet(pictures)
         log_pictures(trainer.loggers, "samples", [sheet], [f"step {self.rendered_step}"], self.rendered_step)

@@ -57,13 +57,13 @@ class SaveAdapter(Callback):
             tokens=module.placeholders.tokens,
             pool_at_end=module.pool_at_end,
             embeddings=f"{self.name}_emb.safetensors",
-            config=self.copy_config(trainer, folder),
+            config=self.copy_config(folder),
             **self.copy_samples(trainer, module, folder),
         )
         write_whole(folder / "README.md", lambda part: part.write_text(described.card(), encoding="utf-8"))
         return described
 
-    def copy_config(self, trainer: Trainer, folder: Path) -> str:
+    def copy_config(self, folder: Path) -> str:
         """Copies the config that the command line saved beside the logs; returns it, empty if there is none."""
         source = self.folder.parent / "config.yaml"
         if not source.exists():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_edm.batch import Batch
 from lit_edm.callbacks.pictures import PictureCallback
-from lit_edm.callbacks.sheet import contact_sheet, log_pictures, to_pictures
+from lit_edm.callbacks.sheet import contact_sheet, log_pictures
 from lit_edm.edm import guided, karras_sigmas, sample_heun
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
@@ -84,9 +84,9 @@ class ValidationImages(PictureCallback):
             rows = {"before": [Image.open(path) for path in before], f"after {self.rendered_step} steps": pictures}
             contact_sheet(rows, self.prompts).save(folder / "before_after.png")
 
-    def log_images(self, trainer: Trainer, images: Tensor) -> None:
+    def log_images(self, trainer: Trainer, pictures: list[Image.Image]) -> None:
         """Hands the pictures to loggers."""
-        log_pictures(trainer.loggers, "validation", to_pictures(images), self.prompts, self.rendered_step)
+        log_pictures(trainer.loggers, "validation", pictures, self.prompts, self.rendered_step)
 
 
 def empty_batch(prompt: str, resolution: int, device: torch.device) -> Batch:

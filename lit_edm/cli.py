@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 import warnings
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -19,13 +19,6 @@ BOILERPLATE = re.compile(
 )
 
 
-class CLI(LightningCLI):
-    """LightningCLI, but for one thing: a resumed run is what its config says, not what its checkpoint was."""
-
-    def _parse_ckpt_path(self) -> None:
-        """Reads nothing from the checkpoint, whose hyperparameters would silently beat YAML and command line."""
-
-
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line: what is wrong, under which key, and the nearest right name."""
 
@@ -34,6 +27,30 @@ class Parser(LightningArgumentParser):
         if self.exit_on_error:
             fail(one_line(message))
         super().error(message, ex)
+
+
+class CLI(LightningCLI):
+    """LightningCLI, but for one thing: a resumed run is what its config says, not what its checkpoint was.
+
+    Args:
+        settings: Of LightningCLI, beside those that every command line of this package has.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            **settings,
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Reads nothing from the checkpoint, whose hyperparameters would silently beat YAML and command line."""
 
 
 def one_line(message: str) -> str:
@@ -87,17 +104,7 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", ".*across ranks is zero")  # no validation images, on purpose
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning's own
     try:
-        CLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
-            args=args,
-        )
+        CLI(args=args)
     except ValueError as error:
         if mistake := input_error_behind(error):
             fail(str(mistake))

@@ -3,25 +3,15 @@
 Prints lines for the config: sigma_data, the RMS of what the module's encode returns, and the p_mean that goes with it.
 """
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType
 
-from lit_edm import callbacks, data, edm, modules, sdxl  # noqa: F401 (for short class names in configs)
+from lit_edm.cli import CLI
 from lit_edm.modules.statistics import latent_statistics
 
 
 def main(args: ArgsType = None) -> None:
     """Builds module and images as `lit-edm fit` does, but trains nothing."""
-    cli = LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        run=False,
-        args=args,
-    )
+    cli = CLI(run=False, save_config_callback=None, args=args)
     cli.datamodule.setup("fit")
     cli.model.configure_model()
     print(latent_statistics(cli.model.to(cli.trainer.strategy.root_device), cli.datamodule.train_dataloader()))

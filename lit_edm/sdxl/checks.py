@@ -12,6 +12,7 @@ from lit_edm.edm import (
 )
 from lit_edm.errors import InputError
 from lit_edm.sdxl.checkpoint import SDXLCheckpoint
+from lit_edm.sdxl.latents import vae_factor
 
 BUILT_IN = {
     EDMPreconditioning: "EDM-native",
@@ -71,7 +72,7 @@ def check_loss(loss: DiffusionLoss, base: Preconditioning, sigma_range: tuple[fl
 
 def check_resolution(resolution: int, checkpoint: SDXLCheckpoint) -> None:
     """Raises InputError if images of this side do not divide into whole latents."""
-    factor = 2 ** (len(checkpoint.vae_config()["block_out_channels"]) - 1)
+    factor = vae_factor(checkpoint.vae_config())
     if resolution % factor:
         down = resolution // factor * factor
         raise InputError(

@@ -1,5 +1,6 @@
 """The latent space of a VAE, normalised as its config says."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,7 @@ class LatentSpace(nn.Module):
     @property
     def factor(self) -> int:
         """Pixels a side of one latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return vae_factor(self.vae.config)
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Returns the shape (C, H / factor, W / factor) of the latents of an image."""
@@ -55,3 +56,8 @@ class LatentSpace(nn.Module):
     def _own_precision(self, tensor: Tensor) -> torch.autocast:
         # SDXL's VAE overflows in half precision: where it is held in float32, autocast must not undo that.
         return torch.autocast(tensor.device.type, enabled=False)
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Returns the pixels a side of one latent, of a VAE by its config."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
