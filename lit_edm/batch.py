@@ -1,48 +1,94 @@
 """The contract between data modules and training modules."""
 
-from typing import Protocol, TypedDict, runtime_checkable
+from collections.abc import Callable
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
 
-class Example(TypedDict):
-    """One captioned image, as a dataset yields it."""
-
-    image: Tensor
-    """Pixels in [-1, 1], shape (3, H, W), float32."""
-    caption: str
-    """The caption, placeholders not yet replaced."""
-    original_size: Tensor
-    """Height and width in pixels before resizing, EXIF rotation applied, shape (2,), int64."""
-    crop_top_left: Tensor
-    """Top and left of the crop in pixels of the resized (and, if drawn, flipped) image, shape (2,), int64."""
-
-
 class Batch(TypedDict):
-    """A batch of examples, stacked by the default collate function."""
+    """Captioned images of one size. What is not required may be left out; so may the image where there are moments."""
 
     image: Tensor
     """Pixels in [-1, 1], shape (B, 3, H, W), float32."""
+    moments: NotRequired[Tensor]
+    """What the VAE's encoder says of the pixels, in their place: mean and log-variance, (B, 2C, H / f, W / f)."""
     caption: list[str]
     """One caption an image, placeholders not yet replaced."""
     original_size: Tensor
-    """Height and width in pixels before resizing, shape (B, 2), int64."""
+    """Height and width in pixels before resizing, EXIF rotation applied, shape (B, 2), int64."""
     crop_top_left: Tensor
-    """Top and left of the crop in pixels of the resized image, shape (B, 2), int64."""
+    """Top and left of the crop in pixels of the resized (and, if drawn, flipped) image, shape (B, 2), int64."""
+    weight: NotRequired[Tensor]
+    """Weight of each image's loss in the mean over the batch, shape (B,), float32; 1 if left out."""
+    mask: NotRequired[Tensor]
+    """Weight of each pixel's error, in [0, 1], shape (B, 1, H, W), float32; 1 if left out."""
+    teacher: NotRequired[list[bool]]
+    """Whether the target is what the untouched base predicts rather than the image; false if left out."""
 
 
 @runtime_checkable
 class DescribesImages(Protocol):
     """What a data module may tell of its images before training, so that a module can find mistakes at once.
 
-    Data modules without these members train all the same; only the checks are left out.
+    Data modules without these members train all the same; only the checks and the caches of texts are left out.
     """
 
-    resolution: int
-    """Side of the square training images in pixels."""
+    captions_vary: bool
+    """Whether captions are changed at random, so that `captions` does not list all that training shows."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some examples have a prediction of the untouched base as their target; asked after setup."""
+        ...
 
     def captions(self) -> list[str]:
         """Returns the caption of every training image, placeholders not yet replaced; called after setup."""
+        ...
+
+    def sizes(self) -> set[tuple[int, int]]:
+        """Returns the heights and widths of training images in pixels; called after setup."""
+        ...
+
+
+class ClassImageRequest(TypedDict):
+    """A class image that is to be rendered by the untouched base."""
+
+    prompt: str
+    """What it shows."""
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    seed: int
+    """What its noise follows from."""
+
+
+@runtime_checkable
+class NeedsPictures(Protocol):
+    """A data module that has pictures rendered by the base before training, for prior preservation."""
+
+    def render_missing(self, render: Callable[[list[ClassImageRequest]], Tensor]) -> None:
+        """Has what is missing rendered and keeps it; called after setup on every process, before the first batch.
+
+        Args:
+            render: Returns pixels (B, 3, H, W) in [-1, 1] of requests of one size.
+        """
+        ...
+
+
+@runtime_checkable
+class CachesLatents(Protocol):
+    """A data module that keeps what the VAE makes of its images, so that training needs no pixels."""
+
+    def fill_cache(self, encode: Callable[[Tensor], Tensor], settings: str) -> bool:
+        """Has what is missing encoded and keeps it; called after setup on every process, before the first batch.
+
+        Args:
+            encode: Maps pixels (B, 3, H, W) in [-1, 1] to the encoder's moments (B, 2C, H / f, W / f), float32.
+            settings: Names the encoder, weights included: others' moments are never taken for its own.
+
+        Returns:
+            Whether all batches of training hold moments from now on.
+        """
         ...
 
 

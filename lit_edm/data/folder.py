@@ -1,99 +1,142 @@
-"""A folder of images and their captions as a dataset."""
+"""Finds the images of a folder, their captions and their masks."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.data import Dataset
-
-from lit_edm.batch import Example
-from lit_edm.data.captions import METADATA, read_metadata, read_sidecar
-from lit_edm.data.images import find_images, read_image
-from lit_edm.data.transforms import SquareCrop
+from lit_edm.data.captions import read_sidecar
+from lit_edm.data.images import ImageFile, ImageSource, find_images
+from lit_edm.data.metadata import Columns, Entry, read_metadata
+from lit_edm.data.tables import READERS, find_tables
 from lit_edm.errors import InputError
+
+MASK_ENDINGS = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image file and its caption."""
-
-    path: Path
-    caption: str
-
-
-class CaptionedImageFolder(Dataset[Example]):
-    """The images of a folder, read, cropped and flipped anew each time they are asked for.
+    """A picture and what is said of it.
 
     Args:
-        root: Folder of images, searched with the folders below it.
-        crop: Makes a training image of each.
-        caption_column: Column of metadata.jsonl that holds the captions; found by itself if there is only one.
-        instance_prompt: Caption of images without one of their own.
+        image: The picture.
+        caption: What is said of it, placeholders not yet replaced.
+        mask: A picture of the same size: white where pixels count, black where they do not. All count if not given.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        crop: SquareCrop,
-        caption_column: str | None = None,
-        instance_prompt: str | None = None,
-    ) -> None:
-        self.images = find_captioned_images(Path(root).expanduser(), caption_column, instance_prompt)
-        self.crop = crop
+    image: ImageSource
+    caption: str
+    mask: ImageSource | None = None
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def check(self) -> None:
+        """Decodes picture and mask once.
 
-    def __getitem__(self, index: int) -> Example:
-        image = self.images[index]
-        pixels = torch.from_numpy(np.array(read_image(image.path))).permute(2, 0, 1)
-        square, top_left = self.crop(pixels)
-        return {
-            "image": square,
-            "caption": image.caption,
-            "original_size": torch.tensor(pixels.shape[1:]),
-            "crop_top_left": top_left,
-        }
+        Raises:
+            InputError: One of them is broken, or they differ in size.
+        """
+        self.image.check()
+        if self.mask is None:
+            return
+        self.mask.check()
+        (height, width), (mask_height, mask_width) = self.image.size(), self.mask.size()
+        if (height, width) != (mask_height, mask_width):
+            raise InputError(
+                f"{self.mask.name} is {mask_width} x {mask_height} pixels, its image {self.image.name} "
+                f"{width} x {height}: make the mask as large as its image"
+            )
 
 
 def find_captioned_images(
-    root: Path, caption_column: str | None = None, instance_prompt: str | None = None
+    root: Path | str,
+    caption_column: str | None = None,
+    image_column: str | None = None,
+    mask_column: str | None = None,
+    instance_prompt: str | None = None,
 ) -> list[CaptionedImage]:
-    """Finds the images of a folder and their captions.
+    """Finds the images of a folder, their captions and their masks.
 
-    Where the folder has a metadata.jsonl, its rows name the images and their captions. Elsewhere the caption of an
-    image is the text file of the same name, or else the instance prompt.
+    The rows of a metadata.jsonl, .csv (commas between columns) or .parquet name the images of its folder and of the
+    folders below it that have none of their own, and say their captions. The caption of any other image is the .txt or
+    .caption file of the same name, or else the instance prompt. Masks are named in the rows, or lie beside their
+    images: photo.mask.png or photo-masklabel.png is the mask of photo.jpg.
 
     Args:
         root: Folder of images, searched with the folders below it.
-        caption_column: Column of metadata.jsonl that holds the captions; found by itself if there is only one.
+        caption_column: Column of the captions; found by itself if there is only one.
+        image_column: Column of the images' names; file_name if not given.
+        mask_column: Column of the masks' names, empty for images without one; mask_file_name if not given.
         instance_prompt: Caption of images without one of their own.
 
     Returns:
         The captioned images, sorted by path.
+
+    Raises:
+        InputError: An image has no caption, a row no image, a mask no image, or something cannot be understood.
     """
-    images = find_images(root)
-    if (root / METADATA).is_file():
-        captions = read_metadata(root, images, caption_column)
-        _warn_of_images_left_out([image for image in images if image not in captions])
-        return [CaptionedImage(image, captions[image]) for image in images if image in captions]
-    if caption_column is not None:
-        raise InputError(f"{root} has no {METADATA} to read data.init_args.caption_column ({caption_column!r}) from")
-    return [CaptionedImage(image, _caption(image, instance_prompt)) for image in images]
+    root = Path(root).expanduser()
+    settings = Columns(caption_column, image_column, mask_column)
+    files = find_images(root)
+    images = [path for path in files if _masked_stem(path) is None]
+    tables = find_tables(root)
+    if not tables:
+        _refuse_columns(root, settings)
+    table_of = {image: next((tables[f] for f in image.parents if f in tables), None) for image in images}
+    found = {image: _read_beside(image, instance_prompt) for image, table in table_of.items() if table is None}
+    for table in tables.values():
+        found |= _read_table(table, table_of, settings, instance_prompt)
+    named = {entry.mask for entry in found.values()}
+    mask_of = _masks_beside(images, [path for path in files if _masked_stem(path) and path not in named])
+    return [_captioned(image, found[image], mask_of) for image in images if image in found]
 
 
-def _caption(image: Path, instance_prompt: str | None) -> str:
+def _captioned(image: Path, entry: Entry, mask_of: Mapping[Path, Path]) -> CaptionedImage:
+    mask = entry.mask or mask_of.get(image.with_suffix(""))
+    return CaptionedImage(ImageFile(image), entry.caption, mask and ImageFile(mask))
+
+
+def _read_beside(image: Path, instance_prompt: str | None) -> Entry:
     caption = read_sidecar(image) or instance_prompt
     if caption is None:
-        wanted = f"{image.stem}.txt beside it, a row in {METADATA} or data.init_args.instance_prompt"
+        wanted = f"{image.stem}.txt beside it, a row in metadata.jsonl or data.init_args.instance_prompt"
         raise InputError(f"{image} has no caption: give it {wanted}")
-    return caption
+    return Entry(caption, None)
 
 
-def _warn_of_images_left_out(images: list[Path]) -> None:
-    if images:
-        logger.warning("%d image(s) without a row in %s left out, the first: %s", len(images), METADATA, images[0])
+def _read_table(
+    table: Path, table_of: Mapping[Path, Path | None], settings: Columns, instance_prompt: str | None
+) -> dict[Path, Entry]:
+    entries = read_metadata(table, table_of, settings, instance_prompt)
+    masks = {entry.mask for entry in entries.values()}
+    if both := next((image for image in entries if image in masks), None):
+        raise InputError(f"{table}: {both} is both an image and a mask: delete its own row")
+    left_out = [i for i, owner in table_of.items() if owner == table and i not in entries and i not in masks]
+    if left_out:
+        logger.warning("%d image(s) without a row in %s left out, the first: %s", len(left_out), table, left_out[0])
+    return entries
+
+
+def _refuse_columns(root: Path, settings: Columns) -> None:
+    for setting, column in settings._asdict().items():
+        if column is not None:
+            raise InputError(f"{root} has no {' or '.join(READERS)} to read data.init_args.{setting} ({column!r}) from")
+
+
+def _masks_beside(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Path]:
+    """Returns the masks by the paths of their images without suffix."""
+    stems, mask_of = {image.with_suffix("") for image in images}, dict[Path, Path]()
+    for mask in masks:
+        stem = _masked_stem(mask)
+        if stem not in stems:
+            raise InputError(f"{mask} is named as a mask is, but there is no image {stem}: add it, or rename the mask")
+        if other := mask_of.get(stem):
+            raise InputError(f"{stem} has two masks, {other.name} and {mask.name}: delete one of them")
+        mask_of[stem] = mask
+    return mask_of
+
+
+def _masked_stem(path: Path) -> Path | None:
+    """Returns the path of a mask's image without suffix, or None if the name is not that of a mask."""
+    stems = [path.name[: -len(ending)] for ending in MASK_ENDINGS if path.name.lower().endswith(ending)]
+    return path.with_name(stems[0]) if stems and stems[0] else None

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lit_edm.batch import LabelledExample
-from lit_edm.data.images import check_images, find_images, read_image
+from lit_edm.data.images import ImageFile, check_images, find_images
 from lit_edm.data.labelled import LabelledImagesDataModule
 from lit_edm.data.transforms import SquareCrop
 from lit_edm.errors import InputError
@@ -40,7 +40,7 @@ class ImageFolder(Dataset[LabelledExample]):
 
     def __getitem__(self, index: int) -> LabelledExample:
         image = self.images[index]
-        square, _ = self.crop(torch.from_numpy(np.array(read_image(image.path))).permute(2, 0, 1))
+        square, _ = self.crop(torch.from_numpy(np.array(ImageFile(image.path).read())).permute(2, 0, 1))
         return {"image": square, "label": image.label}
 
 
@@ -79,7 +79,7 @@ class ImageFolderDataModule(LabelledImagesDataModule):
     def read(self) -> tuple[ImageFolder, ImageFolder]:
         """Finds the images, checks that each can be read, and returns them with and without random changes."""
         images, self.class_names = find_labelled_images(Path(self.root).expanduser())
-        check_images(image.path for image in images)
+        check_images(ImageFile(image.path) for image in images)
         trained = ImageFolder(images, SquareCrop(self.resolution, self.random_crop, self.random_flip))
         return trained, ImageFolder(images, SquareCrop(self.resolution))
 

@@ -1,16 +1,26 @@
+import hashlib
+import pickle
 import re
+import struct
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL import ImageFile as Decoder
 
-from lit_edm.data.images import check_images, find_images, read_image
+from lit_edm.data.images import ImageFile, check_images, find_images, read_mask
 from lit_edm.errors import InputError
 
 Save = Callable[..., Path]
 ORIENTATION = 0x0112
+
+
+def read_image(path: Path) -> Image.Image:
+    return ImageFile(path).read()
 
 
 def test_finds_images_of_all_kinds_and_depths_sorted(tmp_path: Path, save: Save) -> None:
@@ -48,13 +58,14 @@ def test_folder_without_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_exif_rotation(save: Save, positions: Callable[..., Image.Image], suffix: str) -> None:
+def test_exif_rotation(tmp_path: Path, save: Save, positions: Callable[..., Image.Image], suffix: str) -> None:
     picture = positions(48, 32)
     exif = Image.Exif()
     exif[ORIENTATION] = 6  # the picture is seen upright after a quarter turn clockwise
     options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
     image = read_image(save(f"a.{suffix}", picture, exif=exif, **options))
     assert image.size == (32, 48)
+    assert ImageFile(tmp_path / f"a.{suffix}").size() == (48, 32)
     difference = np.rot90(np.asarray(picture), k=-1).astype(int) - np.asarray(image)
     assert np.abs(difference).max() <= (3 if suffix == "jpg" else 0)
 
@@ -99,36 +110,124 @@ def _noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("read", [read_image, lambda path: check_images([path])])
+@pytest.mark.parametrize("read", [ImageFile.read, ImageFile.check, read_mask, lambda image: check_images([image])])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp"])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.95])
-def test_truncated_image_is_named(save: Save, read: Callable[[Path], object], name: str, kept: float) -> None:
+def test_truncated_image_is_named(save: Save, read: Callable[[ImageFile], object], name: str, kept: float) -> None:
     path = save(name, _noise())
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(InputError, match=rf"{re.escape(str(path))} cannot be read.*delete it or save it again"):
-        read(path)
+    with pytest.raises(
+        InputError, match=rf"{re.escape(str(path))} cannot be read.*delete it or save it again"
+    ) as error:
+        read(ImageFile(path))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_image_is_named(tmp_path: Path) -> None:
+    image = ImageFile(tmp_path / "gone.png")
+    for use in (image.read, image.size, image.digest, image.check):
+        with pytest.raises(InputError, match=r"gone\.png cannot be read.*No such file"):
+            use()
 
 
 def test_broken_image_among_good_ones_is_named(save: Save) -> None:
-    paths = [save(f"{number}.png", _noise()) for number in range(40)]
-    check_images(paths)
-    paths[31].write_bytes(b"not an image")
+    images = [ImageFile(save(f"{number}.png", _noise())) for number in range(40)]
+    check_images(images)
+    images[31].path.write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"31\.png cannot be read"):
-        check_images(paths)
+        check_images(images)
 
 
-def test_decompression_bomb_is_named(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save("bomb.png", _noise())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 3)
-    with pytest.raises(InputError, match=r"bomb\.png cannot be read.*bomb"):
-        check_images([path])
+@pytest.mark.parametrize("limit", [64 * 64 // 3, 64 * 64 - 1])
+@pytest.mark.parametrize("warned", ["error", "ignore"])  # what the program around us does about Pillow's warning
+@pytest.mark.filterwarnings("default")
+def test_decompression_bomb_is_refused(save: Save, monkeypatch: pytest.MonkeyPatch, limit: int, warned: str) -> None:
+    image = ImageFile(save("bomb.png", _noise()))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter(warned, Image.DecompressionBombWarning)
+        for use in (image.read, image.size, image.check):
+            with pytest.raises(
+                InputError, match=rf"bomb\.png is too large \(more than {limit} pixels .*save it smaller"
+            ):
+                use()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    image.check()
 
 
 def test_jpegs_are_checked_at_an_eighth_of_their_size(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save("a.jpg", _noise())
+    image = ImageFile(save("a.jpg", _noise()))
     sizes = []
     getexif = Image.Image.getexif
     monkeypatch.setattr(Image.Image, "getexif", lambda image: sizes.append(image.size) or getexif(image))
-    check_images([path])
+    image.check()
     assert sizes == [(8, 8)]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_upright_image_without_its_pixels(
+    save: Save, monkeypatch: pytest.MonkeyPatch, name: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = ImageFile(save(name, Image.new("RGB", (48, 32)), **({} if name == "a.bmp" else {"exif": exif})))
+    width, height = image.read().size
+
+    def fail(*_: object) -> None:
+        raise AssertionError("pixels decoded")
+
+    monkeypatch.setattr(Decoder.ImageFile, "load", fail)
+    assert image.size() == (height, width)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(None, (32, 48)), (6, (48, 32)), (3, (32, 48))])
+def test_size_of_a_png_with_its_exif_data_at_the_end(
+    save: Save, orientation: int | None, size: tuple[int, int]
+) -> None:
+    path = save("a.png", Image.new("RGB", (48, 32)))
+    if orientation:
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        data, end = path.read_bytes()[:-12], path.read_bytes()[-12:]
+        content = exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(content)) + b"eXIf" + content
+        path.write_bytes(data + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + end)
+    height, width = ImageFile(path).size()
+    assert (height, width) == size
+    assert ImageFile(path).read().size == (width, height)
+
+
+def test_digest_is_that_of_the_contents(save: Save) -> None:
+    first, same, other = (
+        ImageFile(save(f"{name}.png", image)) for name, image in zip("abc", [None, None, _noise()], strict=True)
+    )
+    assert first.digest() == same.digest() == hashlib.sha256(first.path.read_bytes()).hexdigest()
+    assert first.digest() != other.digest()
+
+
+def test_goes_to_workers_without_its_pixels(save: Save) -> None:
+    image = ImageFile(save("a.png", _noise()))
+    image.read()
+    packed = pickle.dumps(image)
+    assert pickle.loads(packed) == image
+    assert len(packed) < 1000
+    assert image.name == str(image.path)
+
+
+def test_mask_is_grey(save: Save) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    turned = read_mask(ImageFile(save("a.png", Image.new("RGB", (4, 2), (51, 51, 51)), exif=exif)))
+    assert (turned.mode, turned.size, turned.getpixel((0, 0))) == ("L", (2, 4), 51)
+    deep = read_mask(ImageFile(save("b.png", Image.fromarray(np.full((2, 4), 0x8000, dtype=np.uint16)))))
+    assert (deep.mode, deep.getpixel((0, 0))) == ("L", 0x80)
+    binary = read_mask(ImageFile(save("c.png", Image.new("1", (4, 2), 1))))
+    assert (binary.mode, binary.getpixel((0, 0))) == ("L", 255)
+
+
+@pytest.mark.parametrize(("alpha", "seen"), [(0, 0), (255, 255), (102, 102)])
+def test_transparent_parts_of_a_mask_do_not_count(save: Save, alpha: int, seen: int) -> None:
+    mask = read_mask(ImageFile(save("a.png", Image.new("RGBA", (4, 4), (255, 255, 255, alpha)))))
+    assert mask.getpixel((0, 0)) == seen

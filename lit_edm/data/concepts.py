@@ -1,0 +1,134 @@
+"""What is learned from which images, and what an epoch is made of."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lit_edm.data.buckets import Size, nearest
+from lit_edm.data.captions import CaptionRules
+from lit_edm.data.draws import Pool, pools_by_size
+from lit_edm.data.folder import CaptionedImage, find_captioned_images
+from lit_edm.data.hub import load_captioned_images
+from lit_edm.data.items import Item
+from lit_edm.data.prior import Prior
+from lit_edm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Captioned images that something is learned from.
+
+    Args:
+        root: Folder of images, searched with the folders below it.
+        dataset: Hub name or path of a data set of the `datasets` library, in place of a folder.
+        dataset_config: Which of the data set's configurations.
+        split: Which of the data set's splits.
+        image_column: Column of the images' names in metadata, file_name if not given; or of the images in a data set,
+            image if not given.
+        caption_column: Column of the captions; found by itself if there is only one.
+        mask_column: Column of the masks, which weigh the pixels of their images: white counts, black does not.
+        instance_prompt: Caption of images without one of their own.
+        repeats: Times each image is seen in an epoch.
+        prior: What keeps the class of the concept as the base knows it; nothing if not given.
+    """
+
+    root: Path | str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    caption_column: str | None = None
+    mask_column: str | None = None
+    instance_prompt: str | None = None
+    repeats: int = 1
+    prior: Prior | None = None
+
+    def check(self, where: str) -> None:
+        """Raises InputError if settings do not fit together; `where` is the key that they stand under."""
+        if (self.root is None) == (self.dataset is None):
+            said = "both root and dataset are" if self.root is not None else "neither root nor dataset is"
+            raise InputError(f"{where}: {said} given: name a folder as root, or a data set as dataset")
+        if self.repeats < 1:
+            raise InputError(f"{where}.repeats is {self.repeats}: give at least 1")
+        if self.prior is not None and self.prior.weight < 0:
+            raise InputError(f"{where}.prior.init_args.weight is {self.prior.weight}: give at least 0")
+
+    def find(self) -> list[CaptionedImage]:
+        """Returns the images."""
+        columns = {
+            "image_column": self.image_column,
+            "caption_column": self.caption_column,
+            "mask_column": self.mask_column,
+            "instance_prompt": self.instance_prompt,
+        }
+        if self.root is not None:
+            return find_captioned_images(self.root, **columns)
+        return load_captioned_images(str(self.dataset), self.dataset_config, self.split, **columns)
+
+
+def one_or_several(one: Concept, several: Sequence[Concept] | None) -> Sequence[Concept]:
+    """Returns what is learned, after a check of its settings: one concept, or several in its place."""
+    if several is None:
+        one.check("data.init_args")
+        return [one]
+    given = (field.name for field in fields(Concept) if getattr(one, field.name) != field.default)
+    if (setting := next(given, None)) is not None:
+        raise InputError(f"data.init_args.{setting} is given beside data.init_args.concepts: move it into these")
+    if not several:
+        raise InputError("data.init_args.concepts is empty: list some, or give data.init_args.root")
+    for number, concept in enumerate(several):
+        concept.check(f"data.init_args.concepts[{number}]")
+    return several
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """All that an epoch shows.
+
+    Args:
+        items: What is drawn from.
+        pools: How often each is drawn, and its weight.
+    """
+
+    items: list[Item]
+    pools: list[Pool]
+
+    def add(self, items: Sequence[Item], draws: int, weight: float) -> None:
+        """Adds items, of which an epoch is to have so many draws."""
+        numbers = range(len(self.items), len(self.items) + len(items))
+        self.items.extend(items)
+        self.pools.extend(pools_by_size(numbers, [item.size for item in items], draws, weight))
+
+
+def plan_epoch(concepts: Sequence[Concept], sizes: Sequence[Size], rules: CaptionRules) -> Epoch:
+    """Finds the images of concepts and of their classes, and checks that each can be read.
+
+    Args:
+        concepts: What is learned.
+        sizes: Sizes that training images may have.
+        rules: How captions of concepts are changed; those of classes are not.
+    """
+    epoch, square = Epoch([], []), nearest((1, 1), sizes)
+    for concept in concepts:
+        instances = concept.find()
+        draws = concept.repeats * len(instances)
+        epoch.add(make_items(instances, sizes, rules), draws, weight=1.0)
+        if (prior := concept.prior) is not None:
+            examples = make_items(prior.examples(instances, square), sizes, CaptionRules(), prior.teacher)
+            epoch.add(examples, draws, prior.weight)
+    return epoch
+
+
+def make_items(
+    images: Sequence[CaptionedImage], sizes: Sequence[Size], rules: CaptionRules, teacher: bool = False
+) -> list[Item]:
+    """Checks that images can be read and finds the size that is nearest to the shape of each."""
+
+    def make(image: CaptionedImage) -> Item:
+        image.check()
+        picture = image.image.size()
+        return Item(image.image, image.caption, picture, nearest(picture, sizes), image.mask, rules, teacher)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(make, images))

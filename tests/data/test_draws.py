@@ -1,0 +1,124 @@
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lit_edm.data.draws import Draw, EpochBatches, Pool, pools_by_size, spread
+
+WIDE, TALL = (16, 32), (32, 16)
+POOLS = [
+    Pool(range(5), WIDE, draws=10),
+    Pool(range(5, 12), WIDE, draws=10, weight=0.5),  # class images, of which some are shown twice
+    Pool(range(12, 15), TALL, draws=6),
+]
+
+
+def epochs_of(pools: Sequence[Pool], batch_size: int, world_size: int = 1, epoch: int = 0) -> list[list[list[Draw]]]:
+    """The batches of each process."""
+    batches = [EpochBatches(pools, batch_size, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for sampler in batches:
+        sampler.set_epoch(epoch)
+    assert {len(sampler) for sampler in batches} == {len(list(sampler)) for sampler in batches}
+    return [list(sampler) for sampler in batches]
+
+
+def size_of(draw: Draw) -> tuple[int, int]:
+    return next(pool.size for pool in POOLS if draw.item in pool.items)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 40])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("epoch", [0, 1])
+class TestEpoch:
+    def test_shows_every_item_as_often_as_it_should(self, batch_size: int, world_size: int, epoch: int) -> None:
+        shown = Counter(
+            draw.item
+            for batches in epochs_of(POOLS, batch_size, world_size, epoch)
+            for batch in batches
+            for draw in batch
+            if draw.weight
+        )
+        assert [shown[item] for item in (*range(5), *range(12, 15))] == [2] * 8
+        assert sorted(shown[item] for item in range(5, 12)) == [1] * 4 + [2] * 3
+
+    def test_has_one_size_a_batch_the_same_on_every_process(self, batch_size: int, world_size: int, epoch: int) -> None:
+        for together in zip(*epochs_of(POOLS, batch_size, world_size, epoch), strict=True):
+            assert len({size_of(draw) for batch in together for draw in batch}) == 1
+            assert len({len(batch) for batch in together}) == 1
+            assert 1 <= len(together[0]) <= batch_size
+
+    def test_processes_average_to_the_mean_over_what_is_shown(
+        self, batch_size: int, world_size: int, epoch: int
+    ) -> None:
+        """As one process does with batches as large as theirs together: same examples, same draws, same weights."""
+        alone = epochs_of(POOLS, batch_size * world_size, epoch=epoch)[0]
+        losses = torch.rand(15, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+
+        def mean(batch: list[Draw]) -> float:
+            return sum(draw.weight * losses[draw.item] for draw in batch) / len(batch)
+
+        for whole, *parts in zip(alone, *epochs_of(POOLS, batch_size, world_size, epoch), strict=True):
+            assert sum(map(mean, parts)) / world_size == pytest.approx(mean(whole))
+            seeds = {draw.seed for part in parts for draw in part if draw.weight}
+            assert seeds == {draw.seed for draw in whole}
+
+
+def test_epochs_differ_and_follow_from_the_seed() -> None:
+    (first,), (second,) = epochs_of(POOLS, 4), epochs_of(POOLS, 4, epoch=1)
+    assert first == epochs_of(POOLS, 4)[0]
+    assert [[draw.item for draw in batch] for batch in first] != [[draw.item for draw in batch] for batch in second]
+    assert list(EpochBatches(POOLS, 4, seed=4)) != first
+    torch.manual_seed(1)
+    assert epochs_of(POOLS, 4)[0] == first
+
+
+def test_no_two_draws_share_a_seed() -> None:
+    seeds = [draw.seed for e in range(3) for batch in epochs_of(POOLS, 4, epoch=e)[0] for draw in batch]
+    assert len(seeds) == len(set(seeds)) == 3 * 26
+
+
+def test_every_image_is_seen_before_any_is_seen_again() -> None:
+    (batches,) = epochs_of([Pool(range(5), WIDE, draws=20)], batch_size=1)
+    items = [batch[0].item for batch in batches]
+    assert [sorted(items[start : start + 5]) for start in range(0, 20, 5)] == [[0, 1, 2, 3, 4]] * 4
+    assert len({tuple(items[start : start + 5]) for start in range(0, 20, 5)}) > 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_batch_is_a_fair_sample_of_images_and_class_images(world_size: int) -> None:
+    pools = [Pool(range(10), WIDE, 30), Pool(range(10, 60), WIDE, 30)]
+    for batches in epochs_of(pools, batch_size=2, world_size=world_size):
+        assert all(sorted(draw.item < 10 for draw in batch) == [False, True] for batch in batches)
+
+
+def test_sizes_take_turns() -> None:
+    (batches,) = epochs_of([Pool(range(30), WIDE, 30), Pool(range(30, 40), TALL, 10)], batch_size=1)
+    tall = [number for number, batch in enumerate(batches) if batch[0].item >= 30]
+    assert all(2 <= second - first <= 6 for first, second in pairwise(tall))
+
+
+class TestPoolsBySize:
+    @pytest.mark.parametrize("draws", [1, 4, 12, 13, 24, 100])
+    def test_every_item_is_shown_equally_often_but_for_one(self, draws: int) -> None:
+        sizes = [WIDE] * 7 + [TALL] * 4 + [WIDE]
+        pools = pools_by_size(range(20, 32), sizes, draws, weight=0.3)
+        assert sum(pool.draws for pool in pools) == draws
+        for pool in pools:
+            assert pool.weight == 0.3
+            assert {sizes[item - 20] for item in pool.items} == {pool.size}
+        shown = Counter(draw.item for batch in epochs_of(pools, 3)[0] for draw in batch)
+        assert {shown[item] for item in range(20, 32)} <= {draws // 12, -(-draws // 12)}
+
+    def test_repeats_are_exact(self) -> None:
+        pools = pools_by_size(range(3), [WIDE, TALL, WIDE], draws=12)
+        assert [(list(pool.items), pool.draws) for pool in pools] == [([0, 2], 8), ([1], 4)]
+
+
+def test_spreading_keeps_each_sequence_in_order() -> None:
+    merged = spread([2, 0, 6], torch.Generator().manual_seed(0)).tolist()
+    assert sorted(merged) == list(range(8))
+    assert [place for place in merged if place < 2] == [0, 1]
+    assert [place for place in merged if place >= 2] == [2, 3, 4, 5, 6, 7]
+    assert 2 <= merged.index(1) - merged.index(0) <= 5
