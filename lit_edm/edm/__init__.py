@@ -2,7 +2,7 @@
 
 Table 1 is the table of contents:
 
-    Sampling: ODE solver, time steps            sampling.py; for the other columns general_sampling.py
+    Sampling: ODE solver, time steps            sampling.py, as parts samplers.py; other columns general_sampling.py
     Sampling: schedule, scaling                 general_sampling.py, schedule.py
     Network and preconditioning                 preconditioning.py
     Training: noise distribution                noise.py; drawn with less variance variance_reduction.py
@@ -21,7 +21,7 @@ from lit_edm.edm.general_sampling import (
     sample_trajectory,
 )
 from lit_edm.edm.guidance import guided
-from lit_edm.edm.loss import Denoise, DiffusionLoss, EDMLoss
+from lit_edm.edm.loss import Denoise, DiffusionLoss, EDMLoss, Target
 from lit_edm.edm.noise import (
     IDDPMNoise,
     InverseTransform,
@@ -44,6 +44,7 @@ from lit_edm.edm.preconditioning import (
     VEPreconditioning,
     VPPreconditioning,
 )
+from lit_edm.edm.samplers import DPMSolverSampler, EulerSampler, HeunSampler, Sampler
 from lit_edm.edm.sampling import karras_sigmas, sample_dpmpp_2m, sample_euler, sample_heun
 from lit_edm.edm.schedule import TimestepSchedule
 from lit_edm.edm.shapes import append_dims
@@ -61,6 +62,7 @@ from lit_edm.edm.weighting import (
 
 __all__ = [
     "AdaptiveNoise",
+    "DPMSolverSampler",
     "Denoise",
     "DiffusionLoss",
     "EDMLoss",
@@ -68,6 +70,8 @@ __all__ = [
     "EDMTrajectory",
     "EDMWeighting",
     "EpsPreconditioning",
+    "EulerSampler",
+    "HeunSampler",
     "IDDPMNoise",
     "IDDPMPreconditioning",
     "IDDPMTrajectory",
@@ -81,10 +85,12 @@ __all__ = [
     "NoiseDistribution",
     "Preconditioning",
     "SNRWeighting",
+    "Sampler",
     "ScaledLogNormal",
     "Scalings",
     "SoftMinSNRWeighting",
     "Stratified",
+    "Target",
     "TimestepSchedule",
     "Trajectory",
     "TruncatedSNRWeighting",

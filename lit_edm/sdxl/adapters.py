@@ -1,61 +1,114 @@
-"""Which parameters of the UNet are trained."""
+"""What of the UNet and of the text encoders is trained."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn import functional
 
 from lit_edm.errors import InputError
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+from lit_edm.sdxl.layers import adapter_key, chosen, matches
 
 
 class Adapter(ABC):
-    """Makes part of a frozen UNet trainable. Every trainable value must be float32: bf16 swallows small updates."""
+    """Makes part of a frozen network trainable: of the UNet, or of a CLIP text encoder.
+
+    Every trainable value must be float32: bf16 swallows small updates. What stays frozen keeps its precision.
+    """
 
     @abstractmethod
-    def __call__(self, unet: "UNet2DConditionModel") -> None:
-        """Adds or unfreezes parameters in place."""
+    def __call__(self, network: nn.Module, without: Sequence[str] = ()) -> None:
+        """Adds or unfreezes parameters in place.
+
+        Args:
+            network: UNet2DConditionModel, CLIPTextModel or CLIPTextModelWithProjection, frozen.
+            without: Layers to leave as they are, such as those that get no gradient: their names, or patterns.
+        """
+
+    @abstractmethod
+    def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Lets the network compute what the untouched base computes, as long as the context is open."""
 
 
 @dataclass(frozen=True)
-class LoRA(Adapter):
-    """Trains low-rank updates W + (alpha / rank) B A of some layers (Hu et al., 2021), by peft.
+class FullFinetune(Adapter):
+    """Trains the weights themselves, held in float32; not the embedding tables, whose new tokens have their own.
 
     Args:
-        rank: Rank of the updates, at least 1.
-        alpha: The update is scaled by alpha / rank; the rank if not given.
-        target_modules: Names of the layers to update, matched at the end of their full names.
+        blocks: Layers or blocks to train, such as mid_block or up_blocks.*.attn2; everything if empty.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    blocks: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"model.init_args.adapter.init_args.rank is {self.rank}; it must be 1 or more")
-
-    def __call__(self, unet: "UNet2DConditionModel") -> None:
-        """Adds the updates to the UNet, which starts out unchanged (B = 0).
+    def __call__(self, network: nn.Module, without: Sequence[str] = ()) -> None:
+        """Unfreezes the weights.
 
         Raises:
-            InputError: No layer has one of the target names.
+            InputError: A block is not in the network.
         """
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
+        layers = {
+            name: layer
+            for name, layer in network.named_modules()
+            if not isinstance(layer, nn.Embedding) and next(layer.parameters(recurse=False), None) is not None
+        }
+        for name in chosen(list(layers), self.blocks, f"{adapter_key(network)}.init_args.blocks"):
+            if not any(matches(name, pattern) for pattern in without):
+                train_in_float32(layers[name].parameters(recurse=False))
 
-        if missing := [name for name in self.target_modules if not has_layer(unet, name)]:
-            raise InputError(
-                f"model.init_args.adapter.init_args.target_modules: the UNet has no layer called {missing[0]}; "
-                "its attention layers are to_q, to_k, to_v and to_out.0"
-            )
-        alpha = self.rank if self.alpha is None else self.alpha
-        config = LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.target_modules))  # type: ignore[arg-type]
-        unet.add_adapter(config)
-        cast_training_params(unet)
+    def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Raises InputError: there is no copy of the base."""
+        raise InputError(
+            f"{adapter_key(network)} is FullFinetune, which keeps no copy of the base to compare with: "
+            "preserve the prior with class images, or train a LoRA"
+        )
 
 
-def has_layer(unet: "UNet2DConditionModel", name: str) -> bool:
-    """Tells whether a layer's full name is, or ends with, a name."""
-    return any(path == name or path.endswith(f".{name}") for path, _ in unet.named_modules())
+class InitialUpdate(nn.Module):
+    """Takes the update that a layer starts with out of its output: W x + s (B A - B0 A0) x.
+
+    PiSSA and OLoRA start from a part of W itself and have s B0 A0 taken out of W. Here it is taken out of the output,
+    which is the same function: W stays the base's, to the bit, for a teacher, a checkpoint and a merge, at the cost of
+    one more product with low-rank matrices. It is a forward hook of the layer that it belongs to.
+
+    Args:
+        a: A0, (rank, in).
+        b: s B0, (out, rank).
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+
+    def forward(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Returns the output (..., out) of the layer for its input (..., in) without the initial update."""
+        if layer.disable_adapters:
+            return output
+        update = functional.linear(functional.linear(inputs[0].to(self.a.dtype), self.a), self.b)
+        return output - update.to(output.dtype)
+
+
+def initial_state(network: nn.Module) -> dict[str, Tensor]:
+    """Returns what a checkpoint needs besides trained parameters: each InitialUpdate, by its name in the network.
+
+    Loading them is all there is to resuming. They depend on the order of a library's arithmetic, or on chance, so
+    another process may not make them anew.
+    """
+    return {
+        f"{name}.{key}": buffer
+        for name, module in network.named_modules()
+        if isinstance(module, InitialUpdate)
+        for key, buffer in module.named_buffers()
+    }
+
+
+def train_in_float32(parameters: Iterable[nn.Parameter]) -> None:
+    """Makes parameters trainable, in place."""
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)

@@ -78,6 +78,11 @@ class SDXLCheckpoint:
         """Returns vae/config.json of the base, also where another VAE is in use."""
         return self._config(self.pretrained, "vae/config.json")
 
+    def text_layers(self) -> tuple[int, int]:
+        """Returns the number of layers of each text encoder."""
+        first, second = (self._config(self.pretrained, f"text_encoder{n}/config.json") for n in ("", "_2"))
+        return first["num_hidden_layers"], second["num_hidden_layers"]
+
     def zeros_for_empty_prompt(self) -> bool:
         """Whether guidance contrasts with zeros (SDXL and Playground), or with the embedding of an empty prompt."""
         return self._config(self.pretrained, "model_index.json").get("force_zeros_for_empty_prompt", True)

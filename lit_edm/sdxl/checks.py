@@ -1,6 +1,7 @@
 """Finds combinations of base, loss and data that would train silently wrong, before any weight is loaded."""
 
 import math
+from collections.abc import Iterable, Mapping
 
 from lit_edm.edm import (
     DiffusionLoss,
@@ -11,6 +12,7 @@ from lit_edm.edm import (
     VelocityPreconditioning,
 )
 from lit_edm.errors import InputError
+from lit_edm.sdxl.adapters import Adapter, FullFinetune
 from lit_edm.sdxl.checkpoint import SDXLCheckpoint
 from lit_edm.sdxl.latents import vae_factor
 
@@ -70,15 +72,54 @@ def check_loss(loss: DiffusionLoss, base: Preconditioning, sigma_range: tuple[fl
         )
 
 
-def check_resolution(resolution: int, checkpoint: SDXLCheckpoint) -> None:
-    """Raises InputError if images of this side do not divide into whole latents."""
+def check_sizes(sizes: Iterable[tuple[int, int]], checkpoint: SDXLCheckpoint) -> None:
+    """Raises InputError if images of one of these heights and widths do not divide into whole latents."""
     factor = vae_factor(checkpoint.vae_config())
-    if resolution % factor:
-        down = resolution // factor * factor
+    for side in sorted({side for size in sizes for side in size}):
+        if side % factor:
+            down = side // factor * factor
+            raise InputError(
+                f"data.init_args.resolution: images of {side} px a side would be trained on, which is not a multiple "
+                f"of {factor}, the VAE's factor; choose {down or factor} or {down + factor}"
+            )
+
+
+def check_teacher(needed: bool, *adapters: Adapter | None) -> None:
+    """Raises InputError if the base is to be the teacher of what does not keep it."""
+    if needed and any(isinstance(adapter, FullFinetune) for adapter in adapters):
         raise InputError(
-            f"data.init_args.resolution is {resolution}, which is not a multiple of {factor}, the VAE's factor; "
-            f"write {down or factor} or {down + factor}"
+            "data.init_args.prior is TeacherPrior, but FullFinetune keeps no copy of the base that could teach; "
+            "write ClassImages in its place, or train a LoRA"
         )
+
+
+def check_clip_skip(clip_skip: int, checkpoint: SDXLCheckpoint) -> None:
+    """Raises InputError if that many hidden layers cannot be skipped."""
+    layers = min(checkpoint.text_layers())
+    if not 0 <= clip_skip < layers:
+        raise InputError(
+            f"model.init_args.clip_skip is {clip_skip}, but a text encoder has {layers} layers; "
+            f"write 0 to {layers - 1}, 0 for the penultimate layer that SDXL was trained with"
+        )
+
+
+def check_what_is_trained(
+    adapter: object | None,
+    text_encoder_adapter: object | None,
+    tokens: object | None,
+    settings: Mapping[str, Mapping[str, float | None]],
+) -> None:
+    """Raises InputError if nothing is trained, or if there are settings of what is not."""
+    if not (adapter or text_encoder_adapter or tokens):
+        raise InputError("model.init_args: nothing is trained; give an adapter, a text_encoder_adapter or tokens")
+    source = {"text_encoders": ("text_encoder_adapter", text_encoder_adapter), "embeddings": ("tokens", tokens)}
+    for group, (key, given) in source.items():
+        for setting, value in settings[group].items():
+            if value is not None and not given:
+                raise InputError(
+                    f"model.init_args.{group}_{setting} is {value}, but model.init_args.{key} is not given, so there "
+                    "is nothing that it could apply to; give it or remove the line"
+                )
 
 
 def latent_statistics_differ(checkpoint: SDXLCheckpoint) -> bool:

@@ -1,10 +1,14 @@
 """The latent space of a VAE, normalised as its config says."""
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lit_edm.cache import fingerprint
+from lit_edm.sdxl.placement import at_hand, place_frozen
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -41,17 +45,34 @@ class LatentSpace(nn.Module):
         return self.vae.config.latent_channels, height // self.factor, width // self.factor
 
     @torch.no_grad()
+    def moments(self, image: Tensor) -> Tensor:
+        """Returns mean and log-variance (B, 2C, H / factor, W / factor), float32, of z given pixels in [-1, 1]."""
+        with at_hand(self.vae, image.device), self._own_precision(image):
+            return self.vae.encode(image.to(self.vae.dtype)).latent_dist.parameters.float()
+
+    def sample(self, moments: Tensor) -> Tensor:
+        """Samples normalised latents (B, C, h, w), float32, of moments (B, 2C, h, w)."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        return (DiagonalGaussianDistribution(moments).sample() - self.mean) / self.scale
+
     def encode(self, image: Tensor) -> Tensor:
         """Samples normalised latents (B, C, H / factor, W / factor), float32, of pixels (B, 3, H, W) in [-1, 1]."""
-        with self._own_precision(image):
-            z = self.vae.encode(image.to(self.vae.dtype)).latent_dist.sample()
-        return (z.float() - self.mean) / self.scale
+        return self.sample(self.moments(image))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes normalised latents (B, C, h, w) to pixels (B, 3, H, W), about [-1, 1], float32."""
-        with self._own_precision(latents):
+        with at_hand(self.vae, latents.device), self._own_precision(latents):
             return self.vae.decode((latents * self.scale + self.mean).to(self.vae.dtype)).sample.float()
+
+    def release(self) -> None:
+        """Takes the VAE off the device; it comes back while something is to be encoded or decoded."""
+        place_frozen(self.vae, "cpu")
+
+    def fingerprint(self) -> str:
+        """Returns what names this encoder, weights and settings included."""
+        return fingerprint(self.vae.state_dict(), json.dumps(dict(self.vae.config), sort_keys=True, default=str))
 
     def _own_precision(self, tensor: Tensor) -> torch.autocast:
         # SDXL's VAE overflows in half precision: where it is held in float32, autocast must not undo that.

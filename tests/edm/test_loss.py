@@ -307,3 +307,81 @@ def test_training_learns_the_best_denoiser_of_gaussian_data() -> None:
         optimizer.step()
     assert gain.abs().max() < 0.02
     assert loss(denoise, 0.5 * torch.randn(256, 3, 8, 8)).mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1, 2.0])
+def test_noise_offset_keeps_sigma_true(offset: float) -> None:
+    """The variance of each element stays sigma^2; that of a channel's mean grows as it says."""
+    seen: list[Tensor] = []
+
+    def watch(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    torch.manual_seed(0)
+    EDMLoss(Fixed(3.0), noise_offset=offset)(watch, torch.zeros(20_000, 4, 2, 2))
+    (noise,) = seen
+    assert noise.std().item() == pytest.approx(3.0, rel=0.01)
+    expected = 9 * (1 / 4 + offset**2) / (1 + offset**2)  # of the mean over 4 places
+    assert noise.mean((2, 3)).var().item() == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_input_perturbation_is_that_of_ning_et_al(gamma: float) -> None:
+    """Written out for eps: x_t = sqrt(abar) y + sqrt(1 - abar) (e + gamma xi), and the network is to predict e."""
+    schedule, t, clean = TimestepSchedule(), 400, torch.randn(3, 4, 8, 8)
+    sigma = schedule.sigmas()[t].item()
+    torch.manual_seed(0)
+    xi = torch.randn_like(clean) if gamma else torch.zeros_like(clean)
+    e = torch.randn_like(clean)
+    abar = 1 / (1 + sigma**2)
+    predicted = network(abar**0.5 * clean + (1 - abar) ** 0.5 * (e + gamma * xi), torch.full((3,), t))
+    expected = (predicted - e).square().mean((1, 2, 3))
+    loss = EDMLoss(Fixed(sigma), SNRWeighting(), input_perturbation=gamma)
+    torch.testing.assert_close(seeded(loss, wrap(EpsPreconditioning()), clean), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["noise_offset", "input_perturbation"])
+@pytest.mark.parametrize("value", [-0.1, math.inf])
+def test_strengths_of_noise_are_checked(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"EDMLoss.{key} must be finite and not negative, got {value}"):
+        EDMLoss(**{key: value})  # type: ignore[arg-type]
+
+
+def test_a_mask_weighs_the_squared_error_of_each_place() -> None:
+    clean, mask = torch.randn(2, 4, 8, 8), torch.rand(2, 1, 8, 8)
+    loss = EDMLoss(Fixed(0.7), UnitWeighting())
+    torch.manual_seed(0)
+    noisy = clean + 0.7 * torch.randn_like(clean)
+    error = (shrink(noisy, torch.full((2,), 0.7)) - clean).square()
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss(shrink, clean, mask=mask), (mask * error).mean((1, 2, 3)))
+    assert seeded(loss, shrink, clean).equal(loss_with(loss, shrink, clean, mask=torch.ones(2, 1, 8, 8)))
+
+
+def loss_with(loss: EDMLoss, denoise: Denoise, clean: Tensor, **extras: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return loss(denoise, clean, **extras)  # type: ignore[arg-type]
+
+
+def test_a_target_takes_the_place_of_the_clean_latent() -> None:
+    """A teacher sees the same x and sigma; a student that equals it has no loss, and no gradient goes elsewhere."""
+    clean = torch.randn(2, 4, 8, 8)
+
+    def first_row_is_taught(x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([shrink(x, sigma)[:1], y[1:]])
+
+    loss = EDMLoss(Fixed(0.7), input_perturbation=0.1)
+    torch.manual_seed(0)
+    taught = loss(shrink, clean, first_row_is_taught)
+    plain = seeded(loss, shrink, clean)
+    assert taught[0] == 0 < plain[0]
+    assert taught[1] == plain[1]
+
+
+def test_noise_is_the_same_in_every_memory_layout() -> None:
+    """Convolutions may leave latents with channels last; those from a cache are contiguous."""
+    clean = torch.randn(2, 4, 8, 8)
+    loss = EDMLoss(Fixed(0.7), noise_offset=0.1, input_perturbation=0.1)
+    last = clean.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(seeded(loss, shrink, last), seeded(loss, shrink, clean))

@@ -16,10 +16,13 @@ import lit_edm.edm as edm
 from lit_edm.edm import (
     AdaptiveNoise,
     DiffusionLoss,
+    DPMSolverSampler,
     EDMLoss,
     EDMPreconditioning,
     EDMTrajectory,
     EDMWeighting,
+    EulerSampler,
+    HeunSampler,
     IDDPMNoise,
     IDDPMPreconditioning,
     IDDPMTrajectory,
@@ -31,6 +34,7 @@ from lit_edm.edm import (
     MinSNRWeighting,
     NoiseDistribution,
     Preconditioning,
+    Sampler,
     ScaledLogNormal,
     SoftMinSNRWeighting,
     TimestepSchedule,
@@ -43,7 +47,7 @@ from lit_edm.edm import (
     VPTrajectory,
 )
 
-BASES = (NoiseDistribution, LossWeighting, Preconditioning, DiffusionLoss, Trajectory)
+BASES = (NoiseDistribution, LossWeighting, Preconditioning, DiffusionLoss, Sampler, Trajectory)
 CLASSES = [c for c in vars(edm).values() if inspect.isclass(c) and issubclass(c, BASES) and not inspect.isabstract(c)]
 PARTS = [c for c in [*CLASSES, TimestepSchedule] if is_dataclass(c)]
 
@@ -74,6 +78,10 @@ WRONG: list[tuple[type, str, Any]] = [
     *[(c, "sigma_max", inf) for c in (LogUniform, UniformKarras, VETrajectory, EDMTrajectory)],
     *[(c, "sigma_max", 0.001) for c in (LogUniform, UniformKarras, VETrajectory, EDMTrajectory)],
     *[(c, "rho", 0.0) for c in (UniformKarras, EDMTrajectory)],
+    *[(c, name, 0) for c in (EulerSampler, HeunSampler, DPMSolverSampler) for name in ("num_steps", "rho")],
+    *[(HeunSampler, "s_churn", value) for value in (-1.0, inf)],
+    (HeunSampler, "s_tmax", -1.0),
+    (HeunSampler, "s_noise", 0.0),
     (MinSNRWeighting, "gamma", 0.0),
     (LearnedWeighting, "num_features", 0),
     (AdaptiveNoise, "num_bins", 0),
@@ -160,6 +168,9 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert VETrajectory() == VETrajectory(0.02, 100.0)
     assert IDDPMTrajectory() == IDDPMTrajectory(0.001, 0.008, 1000, 8)
     assert EDMTrajectory() == EDMTrajectory(0.002, 80.0, 7.0)
+    assert EulerSampler() == EulerSampler(50, 7.0)
+    assert HeunSampler() == HeunSampler(20, 7.0, 0.0, 0.0, inf, 1.0)
+    assert DPMSolverSampler() == DPMSolverSampler(50, 7.0)
 
 
 def test_the_least_and_the_greatest_allowed_are_allowed() -> None:

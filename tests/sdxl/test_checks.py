@@ -21,7 +21,7 @@ from lit_edm.edm import (
 )
 from lit_edm.errors import InputError
 from lit_edm.sdxl import SDXLCheckpoint
-from lit_edm.sdxl.checks import check_loss, check_preconditioning, check_resolution, latent_statistics_differ
+from lit_edm.sdxl.checks import check_loss, check_preconditioning, check_sizes, latent_statistics_differ
 
 EPS, EDM = EpsPreconditioning(), EDMPreconditioning(0.5)
 TABLE, KARRAS = (0.0291671582, 14.6146412293), (0.002, 80.0)
@@ -103,11 +103,11 @@ def test_the_advice_on_the_range_is_right() -> None:
     check_loss(EDMLoss(LogNormal(sigma_min=0.0292, sigma_max=14.61), SNRWeighting()), EPS, TABLE)
 
 
-def test_resolution_must_divide_by_the_vaes_factor(tiny: Path) -> None:
+def test_sizes_must_divide_by_the_vaes_factor(tiny: Path) -> None:
     checkpoint = SDXLCheckpoint(str(tiny))
-    check_resolution(64, checkpoint)
-    with pytest.raises(InputError, match=r"data\.init_args\.resolution is 63, .* multiple of 2, .* write 62 or 64"):
-        check_resolution(63, checkpoint)
+    check_sizes([(64, 64), (32, 96)], checkpoint)
+    with pytest.raises(InputError, match=r"images of 63 px a side .* multiple of 2, .* choose 62 or 64"):
+        check_sizes([(64, 64), (64, 63)], checkpoint)
 
 
 def test_vaes_that_normalise_differently(tiny: Path, tiny_edm: Path, tmp_path: Path) -> None:
