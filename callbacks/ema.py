@@ -48,7 +48,7 @@ class ExponentialMovingAverage(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts images and, after an optimizer step, moves the average."""
-        self._images_in_step += len(batch["image"]) * trainer.world_size
+        self._images_in_step += len(next(iter(batch.values()))) * trainer.world_size
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             self._update(pl_module, self._images_in_step)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lit_edm.errors import InputError
-from lit_edm.modules.diffusion import seed_of
+from lit_edm.seeds import seed_of
 
 
 def held_out_examples(

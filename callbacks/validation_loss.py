@@ -11,7 +11,7 @@ from lit_edm.callbacks.held_out import fixed_noise, held_out_examples
 from lit_edm.edm import LearnedWeighting, LossWeighting
 from lit_edm.errors import InputError
 from lit_edm.modules import DiffusionModule
-from lit_edm.modules.diffusion import seed_of
+from lit_edm.seeds import seed_of
 
 
 class ValidationLoss(Callback):

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Importing these lets configs write EDMLoss for lit_edm.edm.loss.EDMLoss.
-from lit_edm import callbacks, data, edm, modules, sdxl
+from lit_edm import cache, callbacks, data, edm, modules, optim, sdxl
 from lit_edm.errors import InputError
 
-CLASSES = [name for room in (callbacks, data, edm, modules, sdxl) for name in room.__all__]
+CLASSES = [name for room in (cache, callbacks, data, edm, modules, optim, sdxl) for name in room.__all__]
 BOILERPLATE = re.compile(
     "Does not validate|Subtypes:|Errors:|Given value|Problem with given|Expected a <class 'NoneType'>|Expected a path"
 )

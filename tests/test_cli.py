@@ -100,7 +100,7 @@ def test_image_that_does_not_decode(run: Callable[..., str], tmp_path: Path) -> 
         (["--trainer.callbacks+=FreezeEmbedding"], "did you mean FreezeEmbeddings?"),
         (["--model.adapter.rankk=3"], "model.init_args.adapter: Option 'rankk' is not accepted"),
         (["--model.adapter.rank=x"], "model.init_args.adapter.init_args.rank: expected int, got x"),
-        (["--model.adapter.rank=0"], "adapter.init_args.rank is 0"),
+        (["--model.adapter.rank=0"], "LoRA.rank must be 1 or more, got 0"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -118,7 +118,7 @@ def test_ti_frac_outside_its_range(run: Callable[..., str]) -> None:
 
 
 def test_resolution_that_does_not_divide(run: Callable[..., str]) -> None:
-    assert "data.init_args.resolution is 17, which is not a multiple of 2" in run("--data.resolution=17")
+    assert "images of 17 px a side would be trained on, which is not a multiple of 2" in run("--data.resolution=17")
 
 
 def test_parts_check_their_settings(run: Callable[..., str]) -> None:

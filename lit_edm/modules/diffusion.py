@@ -1,21 +1,22 @@
 """What training modules share: the interface that callbacks know, the optimizer, and reproducible steps."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_edm.edm import Denoise, DiffusionLoss
 from lit_edm.errors import InputError
+from lit_edm.optim import effective_rates, rate_warning
+from lit_edm.seeds import run_seed, seed_of
 
 NETWORK_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Precision that networks compute in by the trainer's. Every trainable value is float32 throughout."""
@@ -67,7 +68,10 @@ class DiffusionModule(LightningModule, ABC):
         """Creates the optimizer of named parameter groups and, without weight decay, of the loss's own parameters."""
         if parts := trainable(self.loss_parts):
             groups = [*groups, {"name": "loss", "params": parts, "weight_decay": 0.0}]
-        return self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-4)
+        optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-4)
+        if warning := rate_warning(optimizer):
+            rank_zero_warn(warning)
+        return optimizer
 
     def with_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
         """Adds the learning rate schedule, stepped every optimizer step, if there is one."""
@@ -80,8 +84,11 @@ class DiffusionModule(LightningModule, ABC):
 
         So ranks, which Lightning seeds alike, never share noise, and a resumed run draws what it would have drawn.
         """
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where seed_everything leaves it
-        torch.manual_seed(seed_of(seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
+        torch.manual_seed(seed_of(run_seed(), self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the learning rate of each parameter group; Prodigy's with what it has found so far, d times lr."""
+        self.log_dict({f"rate/{name}": rate for name, rate in effective_rates(optimizer).items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops the arguments of a module built in Python: objects, which weights-only loading refuses.
@@ -113,11 +120,6 @@ class DiffusionModule(LightningModule, ABC):
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that require a gradient."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def seed_of(*numbers: int) -> int:
-    """Mixes numbers, none negative, to a seed of 64 bits; those of neighbouring numbers have nothing in common."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @contextmanager

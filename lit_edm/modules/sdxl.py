@@ -1,5 +1,7 @@
 """Fine-tunes SDXL and Playground v2.5. Read this file first: training_step is the flow of the whole package."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,17 +10,42 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lit_edm.batch import Batch, DescribesImages
-from lit_edm.edm import Denoise, DiffusionLoss, EDMLoss, Preconditioning, SNRWeighting, UniformTimesteps
+from lit_edm.batch import Batch, CachesLatents, ClassImageRequest, DescribesImages, NeedsPictures
+from lit_edm.cache import TensorCache
+from lit_edm.edm import (
+    Denoise,
+    DiffusionLoss,
+    DPMSolverSampler,
+    EDMLoss,
+    EDMPreconditioning,
+    Preconditioning,
+    Sampler,
+    SNRWeighting,
+    Target,
+    UniformTimesteps,
+    guided,
+)
 from lit_edm.errors import InputError
-from lit_edm.modules.diffusion import DiffusionModule, trainable
+from lit_edm.modules.diffusion import DiffusionModule, evaluating, trainable
+from lit_edm.modules.groups import ParameterGroups
+from lit_edm.modules.prior import blank_batch, teacher_target, unit_noise
 from lit_edm.sdxl import Adapter, LatentSpace, LoRA, Placeholders, SDXLCheckpoint, SDXLConditioner, SDXLDenoiser
-from lit_edm.sdxl.checks import check_loss, check_preconditioning, check_resolution, latent_statistics_differ
+from lit_edm.sdxl.adapters import initial_state
+from lit_edm.sdxl.checks import (
+    check_clip_skip,
+    check_loss,
+    check_preconditioning,
+    check_sizes,
+    check_teacher,
+    check_what_is_trained,
+    latent_statistics_differ,
+)
 
 
 class SDXLModule(DiffusionModule):
-    """Fine-tunes an SDXL-shaped base: an adapter of the UNet and, by textual inversion, embeddings of new tokens.
+    """Fine-tunes an SDXL-shaped base: the UNet, the text encoders and, by textual inversion, embeddings of new tokens.
 
     Whether the base predicts epsilon, v or EDM's F, its noise schedule and its latents' statistics are read from its
     configs. The defaults train what SDXL was trained with: plain epsilon-MSE at uniform timesteps.
@@ -32,14 +59,23 @@ class SDXLModule(DiffusionModule):
         initializers: For a placeholder, words that its tokens start from; without, they start at random.
         pool_at_end: Pool the second encoder at the end of text. False keeps the rule of SDXL's config, which pools at
             the last new token instead, and needs no extra line when the files are used elsewhere.
-        adapter: Chooses the parameters of the UNet to train.
+        clip_skip: Hidden layers of the text encoders to skip from the penultimate one on, as diffusers counts them.
+        adapter: Chooses what is trained of the UNet; null trains nothing of it.
+        text_encoder_adapter: Chooses what is trained of both text encoders; null trains nothing of them.
         loss: Scores the denoiser on a batch of latents.
         preconditioning: What the UNet predicts; read from the base if not given.
         optimizer: Creates the optimizer from parameter groups; AdamW at 1e-4 if not given.
         lr_scheduler: Creates the learning rate schedule, stepped every optimizer step.
         embeddings_lr: Learning rate of the new tokens' embeddings; the optimizer's own if not given.
-        gradient_checkpointing: Recompute the UNet's activations in the backward pass: less memory, a third slower.
+        embeddings_weight_decay: Weight decay of the new tokens' embeddings; the optimizer's own if not given.
+        text_encoders_lr: Learning rate of the text encoders; the optimizer's own if not given.
+        text_encoders_weight_decay: Weight decay of the text encoders; the optimizer's own if not given.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third slower.
+        text_cache: Where encoded captions are kept while neither text encoders nor tokens learn, so that the encoders
+            leave the device; nowhere if not given.
     """
+
+    groups: ParameterGroups
 
     def __init__(
         self,
@@ -50,13 +86,19 @@ class SDXLModule(DiffusionModule):
         tokens: dict[str, int] | None = None,
         initializers: dict[str, str] | None = None,
         pool_at_end: bool = True,
-        adapter: Adapter = LoRA(),
+        clip_skip: int = 0,
+        adapter: Adapter | None = LoRA(),
+        text_encoder_adapter: Adapter | None = None,
         loss: DiffusionLoss = EDMLoss(noise=UniformTimesteps(), weighting=SNRWeighting()),
         preconditioning: Preconditioning | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         embeddings_lr: float | None = None,
+        embeddings_weight_decay: float | None = None,
+        text_encoders_lr: float | None = None,
+        text_encoders_weight_decay: float | None = None,
         gradient_checkpointing: bool = False,
+        text_cache: TensorCache | None = None,
     ) -> None:
         super().__init__(loss, optimizer, lr_scheduler)
         self.save_hyperparameters()
@@ -65,23 +107,32 @@ class SDXLModule(DiffusionModule):
         self.placeholders = Placeholders(tokens or {})
         self.initializers = initializers or {}
         self.pool_at_end = pool_at_end
+        self.clip_skip = clip_skip
         self.adapter = adapter
+        self.text_encoder_adapter = text_encoder_adapter
         self.preconditioning = preconditioning
-        self.embeddings_lr = embeddings_lr
+        self.group_settings: dict[str, dict[str, float | None]] = {
+            "unet": {},
+            "text_encoders": {"lr": text_encoders_lr, "weight_decay": text_encoders_weight_decay},
+            "embeddings": {"lr": embeddings_lr, "weight_decay": embeddings_weight_decay},
+        }
         self.gradient_checkpointing = gradient_checkpointing
+        self.text_cache = text_cache
         if unknown := self.initializers.keys() - self.placeholders.counts.keys():
             raise InputError(f"model.init_args.initializers: {unknown.pop()} is not one of model.init_args.tokens")
+        check_what_is_trained(adapter, text_encoder_adapter, tokens, self.group_settings)
 
     def setup(self, stage: str) -> None:
         """Checks everything that can be checked without weights.
 
         Raises:
-            InputError: Base, loss, precision, resolution, captions or tokens do not fit together.
+            InputError: Base, loss, precision, sizes, captions or tokens do not fit together.
         """
         self.network_dtype()
         base = self.checkpoint.preconditioning()
         check_preconditioning(self.preconditioning or base, base)
         check_loss(self.loss, base, self.sigma_range)
+        check_clip_skip(self.clip_skip, self.checkpoint)
         if latent_statistics_differ(self.checkpoint):
             rank_zero_warn(
                 f"model.init_args.vae: {self.checkpoint.vae} normalises latents in another way than the VAE of "
@@ -89,7 +140,8 @@ class SDXLModule(DiffusionModule):
             )
         images = getattr(self._trainer, "datamodule", None)
         if isinstance(images, DescribesImages) and stage == "fit":
-            check_resolution(images.resolution, self.checkpoint)
+            check_sizes(images.sizes(), self.checkpoint)
+            check_teacher(images.needs_teacher, self.adapter, self.text_encoder_adapter)
             if absent := self.placeholders.absent_from(images.captions()):
                 raise InputError(
                     f"model.init_args.tokens: no caption holds the word {absent[0]}, so its tokens would learn "
@@ -104,72 +156,202 @@ class SDXLModule(DiffusionModule):
         fragile = self.checkpoint.vae_config().get("force_upcast", True)
         self.latents = LatentSpace(self.checkpoint.load_vae(torch.float32 if fragile else dtype))
         self.conditioner = SDXLConditioner(
-            self.checkpoint, self.placeholders, self.initializers, self.pool_at_end, dtype
+            self.checkpoint,
+            self.placeholders,
+            self.initializers,
+            self.pool_at_end,
+            dtype,
+            self.clip_skip,
+            self.text_encoder_adapter,
+            self.text_cache,
         )
         unet = self.checkpoint.load_unet(dtype)
-        self.adapter(unet)
+        if self.adapter is not None:
+            self.adapter(unet)
         unet.train()  # from_pretrained leaves it in eval mode, where adapters do not drop out
         if self.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+            self.conditioner.enable_gradient_checkpointing()
         self.denoiser = SDXLDenoiser(unet, self.preconditioning or self.checkpoint.preconditioning())
+        self.groups = ParameterGroups(
+            {
+                "unet": trainable(self.denoiser),
+                "text_encoders": self.conditioner.adapter_parameters(),
+                "embeddings": self.embedding_parameters(),
+            }
+        )
 
     def on_fit_start(self) -> None:
-        """Warns of captions that are cut off."""
+        """Has images and captions encoded that training would encode again and again; warns of captions cut off."""
         images = getattr(self.trainer, "datamodule", None)
+        if isinstance(images, NeedsPictures):
+            images.render_missing(self.render_class_images)
+        if isinstance(images, CachesLatents) and images.fill_cache(self.moments, self.latents.fingerprint()):
+            self.latents.release()
         if isinstance(images, DescribesImages) and (long := self.conditioner.too_long(images.captions())):
             rank_zero_warn(
                 f"{len(long)} captions are longer than the text encoders read, and only their beginnings are trained; "
                 f"shorten them, the first is '{long[0]}'"
             )
+        self.keep_texts()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds the step, and finds out whether captions are learned from in it."""
+        super().on_train_batch_start(batch, batch_idx)
+        learned, learns = self.conditioner.learning, self.groups.learn("text_encoders", "embeddings")
+        self.conditioner.learning = learns
+        if learned and not learns:
+            self.keep_texts()
+
+    def keep_texts(self) -> None:
+        """Has all captions encoded, once and for all, if nothing learns from them any more."""
+        images = getattr(self.trainer, "datamodule", None)
+        if isinstance(images, DescribesImages) and not images.captions_vary:
+            with self.trainer.precision_plugin.forward_context():
+                self.conditioner.keep(images.captions(), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Encodes, denoises, weighs; returns the mean loss of the batch."""
         latents = self.encode(batch)
-        loss = self.loss(self.denoise(batch), latents).mean()
+        losses = self.loss(self.denoise(batch), latents, **self.target_and_mask(batch, latents))
+        loss = (losses * batch.get("weight", 1.0)).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(latents))
-        return loss
+        return loss + self.groups.nothing_of_resting()
+
+    def moments(self, image: Tensor) -> Tensor:
+        """Returns the VAE's mean and log-variance (B, 2C, H / 8, W / 8) of pixels (B, 3, H, W), from any device."""
+        return self.latents.moments(image.to(self.device))
 
     def encode(self, batch: Batch) -> Tensor:
         """Returns the normalised latents (B, C, H / 8, W / 8) of a batch, float32."""
-        return self.latents.encode(batch["image"])
+        return self.latents.sample(batch["moments"] if "moments" in batch else self.moments(batch["image"]))
 
     def denoise(self, batch: Batch) -> Denoise:
         """Returns D(x; sigma) given the captions and sizes of a batch."""
-        return partial(self.denoiser, conditioning=self.conditioner(batch["caption"], time_ids(batch)))
+        return partial(self.denoiser, conditioning=self.conditioner(batch["caption"], self.time_ids(batch)))
 
     def denoise_unconditionally(self, batch: Batch) -> Denoise:
         """Returns D(x; sigma) given the sizes of a batch and no caption, for classifier-free guidance."""
-        return partial(self.denoiser, conditioning=self.conditioner.unconditional(time_ids(batch)))
+        return partial(self.denoiser, conditioning=self.conditioner.unconditional(self.time_ids(batch)))
+
+    def target_and_mask(self, batch: Batch, latents: Tensor) -> dict[str, Any]:
+        """Returns what else a batch asks of the loss: a target for some examples, a mask (B, 1, h, w), or nothing."""
+        extras: dict[str, Any] = {}
+        if any(batch.get("teacher", ())):
+            extras["target"] = self.taught(batch)
+        if "mask" in batch:
+            extras["mask"] = functional.interpolate(batch["mask"], latents.shape[-2:], mode="area")
+        return extras
+
+    def taught(self, batch: Batch) -> Target:
+        """Returns the target that has the untouched base's prediction in place of y where a batch asks for a teacher.
+
+        So a class keeps its look without an image of it: the base is the teacher, at the same noise.
+        """
+        rows = [row for row, teacher in enumerate(batch.get("teacher", ())) if teacher]
+        captions = [batch["caption"][row] for row in rows]
+        conditioning = self.conditioner.untouched(captions, self.time_ids(batch)[rows])
+        return teacher_target(partial(self.denoiser, conditioning=conditioning), rows, self.untouched)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the pixels (B, 3, H, W), about [-1, 1], of normalised latents (B, C, H / 8, W / 8)."""
         return self.latents.decode(latents)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Batch,
+        noise: Tensor,
+        sampler: Sampler,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples images over the noise levels that the base knows.
+
+        Args:
+            batch: Captions and sizes of the images.
+            noise: What to start from, of unit variance, (B, C, H / 8, W / 8).
+            sampler: Follows the noise levels down.
+            guidance_scale: Strength of classifier-free guidance; 1 is none.
+            guidance_interval: Noise levels between which there is guidance; all if not given.
+            generator: Source of noise that the sampler adds on the way, if it adds any.
+
+        Returns:
+            Pixels (B, 3, H, W), about [-1, 1].
+        """
+        with evaluating(self):
+            denoise = self.denoise(batch)
+            if guidance_scale != 1:
+                interval = guidance_interval or ()
+                denoise = guided(denoise, self.denoise_unconditionally(batch), guidance_scale, *interval)
+            return self.decode(sampler(denoise, noise, *self.sigma_range, generator))
+
+    def render_class_images(self, requests: list[ClassImageRequest]) -> Tensor:
+        """Has the untouched base draw class images of one size; returns pixels (B, 3, H, W), about [-1, 1].
+
+        In 30 steps of DPM-Solver++(2M) with the guidance that is usual for the base: 5 for SDXL, 3 for Playground v2.5.
+        """
+        size = requests[0]["size"]
+        batch = blank_batch([request["prompt"] for request in requests], size, self.device)
+        noise = unit_noise([request["seed"] for request in requests], self.latents.shape(*size), self.device)
+        guidance_scale = 3.0 if isinstance(self.denoiser.preconditioning, EDMPreconditioning) else 5.0
+        started = self.trainer.ckpt_path is not None  # else the networks still compute what the base does
+        with self.untouched() if started else nullcontext(), self.trainer.precision_plugin.forward_context():
+            return self.sample(batch, noise, DPMSolverSampler(30), guidance_scale)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Lets UNet and text encoders compute what those of the base do."""
+        with ExitStack() as stack:
+            if self.adapter is not None:
+                stack.enter_context(self.adapter.disabled(self.denoiser.unet))
+            stack.enter_context(self.conditioner.without_adapter())
+            yield
+
+    def time_ids(self, batch: Batch) -> Tensor:
+        """Concatenates original size, crop and target size, each height or top first, to SDXL's conditioning (B, 6)."""
+        original_size, crop_top_left = batch["original_size"], batch["crop_top_left"]
+        height, width = (torch.full_like(original_size[:, :1], side) for side in self.size_of(batch))
+        return torch.cat([original_size, crop_top_left, height, width], dim=1)
+
+    def size_of(self, batch: Batch) -> tuple[int, int]:
+        """Returns the height and width of a batch's images in pixels, which moments tell too."""
+        if "image" in batch:
+            height, width = batch["image"].shape[-2:]
+            return height, width
+        height, width = batch["moments"].shape[-2:]
+        return self.latents.factor * height, self.latents.factor * width
 
     @property
     def sigma_range(self) -> tuple[float, float]:
         """The smallest and the largest noise level that the base knows."""
         return self.checkpoint.sigma_range()
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Returns what is trained, by the names that callbacks know: unet, text_encoders, embeddings."""
+        return self.groups.parameters
+
+    def set_trained(self, group: str, trained: bool) -> None:
+        """Lets a parameter group rest from the next step on, or learn again; who does so drops its gradients too."""
+        self.groups.set_trained(group, trained)
+
     def embedding_parameters(self) -> list[nn.Parameter]:
         """Returns the new tokens' embeddings, what FreezeEmbeddings freezes."""
         return list(self.conditioner.new_embeddings().values())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Makes one parameter group each of the adapter, the tokens and the loss's own parameters.
+        """Makes one parameter group each of UNet, text encoders, tokens and the loss's own parameters.
 
         Raises:
-            InputError: Prodigy is given two learning rates: it estimates one for all groups.
+            InputError: prodigyopt's Prodigy is given several learning rates: it estimates one for all groups.
         """
-        groups: list[dict[str, Any]] = [{"name": "unet", "params": trainable(self.denoiser)}]
-        if embeddings := self.embedding_parameters():
-            rate = {} if self.embeddings_lr is None else {"lr": self.embeddings_lr}
-            groups.append({"name": "embeddings", "params": embeddings, **rate})
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.make_optimizer(self.groups.for_optimizer(self.group_settings))
         rates = {group["lr"] for group in optimizer.param_groups}
         if type(optimizer).__module__.startswith("prodigyopt") and len(rates) > 1:
             raise InputError(
-                f"model.init_args.embeddings_lr is {self.embeddings_lr}, but Prodigy takes one learning rate for all; "
-                "remove the line"
+                f"model.init_args: learning rates {sorted(rates)} are given, but prodigyopt.Prodigy takes one for all; "
+                "write GroupedProdigy in its place, which has one of each group"
             )
         return self.with_schedule(optimizer)
 
@@ -190,11 +372,4 @@ class SDXLModule(DiffusionModule):
 
     def _trained_names(self) -> set[str]:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return trained | {f"loss_parts.{name}" for name in self.loss_parts.state_dict()}
-
-
-def time_ids(batch: Batch) -> Tensor:
-    """Concatenates original size, crop and target size, each height or top first, to SDXL's conditioning (B, 6)."""
-    original_size, crop_top_left = batch["original_size"], batch["crop_top_left"]
-    height, width = (torch.full_like(original_size[:, :1], side) for side in batch["image"].shape[-2:])
-    return torch.cat([original_size, crop_top_left, height, width], dim=1)
+        return trained | initial_state(self).keys() | {f"loss_parts.{name}" for name in self.loss_parts.state_dict()}

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lit_edm.callbacks import ExponentialMovingAverage, SampleSheet, SaveAdapter, ValidationImages
 from lit_edm.callbacks.ema import averaged
 from lit_edm.data import CaptionedImagesDataModule
+from lit_edm.edm import EulerSampler
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
 from lit_edm.sdxl import LoRA
@@ -148,7 +149,7 @@ def test_weights_come_back_after_an_error(pixels: Make, patches: Make, trainer: 
 
 def test_pictures_and_files_show_the_average(tiny: Path, icons: Path, trainer: Make, tmp_path: Path) -> None:
     module, ema = SDXLModule(str(tiny), tokens={"TOK": 1}, adapter=LoRA(rank=2)), ExponentialMovingAverage(50.0, None)
-    pictures = ValidationImages(["TOK"], resolution=16, num_steps=1)
+    pictures = ValidationImages(["TOK"], resolution=16, sampler=EulerSampler(1))
     rendered: list[dict[str, Tensor]] = []
     pictures.render = lambda module: rendered.append(values(module)) or torch.zeros(1, 3, 4, 4)  # type: ignore[method-assign]
     trainer(ema, pictures, SaveAdapter("x")).fit(module, CaptionedImagesDataModule(icons, resolution=16))

@@ -9,13 +9,22 @@ from safetensors.torch import load_file
 
 from lit_edm.callbacks import SaveAdapter, ValidationImages
 from lit_edm.data import CaptionedImagesDataModule
+from lit_edm.edm import EulerSampler
 from lit_edm.modules import SDXLModule
-from lit_edm.sdxl import LoRA
+from lit_edm.sdxl import Adapter, FullFinetune, LoKr, LoRA
 from lit_edm.sdxl.export import lora_state_dict
 
 
-def fit(tiny: Path, icons: Path, root: Path, *callbacks: Any, tokens: dict[str, int] | None = None) -> SDXLModule:
-    module = SDXLModule(str(tiny), tokens=tokens, adapter=LoRA(rank=2))
+def fit(
+    tiny: Path,
+    icons: Path,
+    root: Path,
+    *callbacks: Any,
+    tokens: dict[str, int] | None = None,
+    adapter: Adapter | None = LoRA(rank=2),
+    text_encoder_adapter: Adapter | None = None,
+) -> SDXLModule:
+    module = SDXLModule(str(tiny), tokens=tokens, adapter=adapter, text_encoder_adapter=text_encoder_adapter)
     trainer = Trainer(
         max_steps=4,
         callbacks=list(callbacks),
@@ -37,7 +46,7 @@ def test_writes_at_the_end_and_with_each_checkpoint(tiny: Path, icons: Path, tmp
         icons,
         tmp_path,
         SaveAdapter("icons"),  # before the pictures it copies: the order of callbacks must not matter
-        ValidationImages(["TOK, a rocket"], resolution=16, num_steps=1),
+        ValidationImages(["TOK, a rocket"], resolution=16, sampler=EulerSampler(1)),
         ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1),
         tokens={"TOK": 2},
     )
@@ -66,6 +75,32 @@ def test_writes_at_the_end_and_with_each_checkpoint(tiny: Path, icons: Path, tmp
 def test_without_tokens_pictures_or_config(tiny: Path, icons: Path, tmp_path: Path) -> None:
     fit(tiny, icons, tmp_path, SaveAdapter())
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"pytorch_lora_weights.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text_encoder_adapter", "files"),
+    [
+        (LoKr(rank=2), None, {"x_lycoris.safetensors"}),
+        (LoRA(rank=2), FullFinetune(), {"pytorch_lora_weights.safetensors", "text_encoder", "text_encoder_2"}),
+        (FullFinetune(("mid_block",)), None, {"unet"}),
+        (None, LoRA(rank=2), {"pytorch_lora_weights.safetensors"}),
+    ],
+)
+def test_writes_what_is_trained(
+    tiny: Path,
+    icons: Path,
+    tmp_path: Path,
+    adapter: Adapter | None,
+    text_encoder_adapter: Adapter | None,
+    files: set[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    fit(tiny, icons, tmp_path, SaveAdapter("x"), adapter=adapter, text_encoder_adapter=text_encoder_adapter)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == files | {"README.md"}
+    said = caplog.messages[-1]
+    assert all(f"{tmp_path / 'adapter' / name}" in said for name in files)
+    assert ("LyCORIS" in said) == isinstance(adapter, LoKr)
 
 
 def test_ends_by_saying_where_the_files_are_and_how_to_use_them(

@@ -7,7 +7,7 @@ from torch import nn
 
 from lit_edm.callbacks import ExponentialMovingAverage, ValidationFrechetDistance
 from lit_edm.metrics import FrechetDistance
-from lit_edm.modules.diffusion import seed_of
+from lit_edm.seeds import seed_of
 
 Make = Callable[..., Any]
 

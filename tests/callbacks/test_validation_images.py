@@ -1,10 +1,11 @@
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,9 +13,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_edm.callbacks import ValidationImages
 from lit_edm.callbacks.sheet import contact_sheet, to_pictures
 from lit_edm.data import CaptionedImagesDataModule
-from lit_edm.edm import karras_sigmas, sample_heun
+from lit_edm.edm import (
+    DPMSolverSampler,
+    EulerSampler,
+    HeunSampler,
+    Sampler,
+    guided,
+    karras_sigmas,
+    sample_dpmpp_2m,
+    sample_heun,
+)
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
+from lit_edm.modules.prior import blank_batch
 from lit_edm.sdxl import LoRA
 
 PROMPTS = ["TOK, a red apple", "TOK, a rocket"]
@@ -36,7 +47,7 @@ def fit(tiny: Path, icons: Path, root: Path, callback: ValidationImages, **setti
 
 
 def test_pictures_before_during_and_after(tiny: Path, icons: Path, tmp_path: Path) -> None:
-    callback = ValidationImages(PROMPTS, every_n_steps=2, resolution=16, num_steps=2)
+    callback = ValidationImages(PROMPTS, every_n_steps=2, resolution=16, sampler=HeunSampler(2))
     fit(tiny, icons, tmp_path, callback, max_steps=5)
     folders = sorted(path.name for path in (tmp_path / "images").iterdir() if path.is_dir())
     assert folders == ["step_000000", "step_000002", "step_000004", "step_000005"]
@@ -53,7 +64,7 @@ def test_pictures_before_during_and_after(tiny: Path, icons: Path, tmp_path: Pat
 
 
 def test_accumulated_batches_are_one_step(tiny: Path, icons: Path, tmp_path: Path) -> None:
-    callback = ValidationImages(PROMPTS[:1], every_n_steps=1, resolution=16, num_steps=1)
+    callback = ValidationImages(PROMPTS[:1], every_n_steps=1, resolution=16, sampler=HeunSampler(1))
     renderings = []
     callback.log_images = lambda trainer, images: renderings.append(trainer.global_step)  # type: ignore[method-assign]
     fit(tiny, icons, tmp_path, callback, max_steps=2, accumulate_grad_batches=2)
@@ -61,7 +72,7 @@ def test_accumulated_batches_are_one_step(tiny: Path, icons: Path, tmp_path: Pat
 
 
 def test_noise_is_fixed_and_training_undisturbed(tiny: Path, icons: Path, tmp_path: Path) -> None:
-    callback = ValidationImages(PROMPTS, resolution=16, num_steps=2)
+    callback = ValidationImages(PROMPTS, resolution=16, sampler=HeunSampler(2))
     module = SDXLModule(str(tiny), tokens={"TOK": 1})
     module.configure_model()
     modes = {name: part.training for name, part in module.named_modules()}
@@ -80,7 +91,7 @@ def test_rendering_is_heun_over_the_bases_noise_levels(tiny: Path, tiny_edm: Pat
     for base in (tiny, tiny_edm):
         module = SDXLModule(str(base))
         module.configure_model()
-        callback = ValidationImages(["x"], resolution=16, num_steps=3, guidance_scale=2.0, seed=7)
+        callback = ValidationImages(["x"], resolution=16, sampler=HeunSampler(3), guidance_scale=2.0, seed=7)
         batch = {
             "caption": ["x"],
             "image": torch.zeros(1, 3, 16, 16),
@@ -95,9 +106,73 @@ def test_rendering_is_heun_over_the_bases_noise_levels(tiny: Path, tiny_edm: Pat
         torch.testing.assert_close(callback.render(module), module.decode(latents), rtol=1e-3, atol=1e-4)
 
 
+def test_sampler_and_guidance_interval_are_those_given(tiny: Path) -> None:
+    module = SDXLModule(str(tiny))
+    module.configure_model()
+    settings: dict[str, Any] = {"resolution": 16, "guidance_scale": 4.0, "guidance_interval": (0.5, 5.0)}
+    callback = ValidationImages(["x"], sampler=DPMSolverSampler(4, rho=3.0), **settings)
+    batch = blank_batch(["x"], (16, 16), module.device)
+    sigmas = karras_sigmas(4, *module.sigma_range, rho=3.0)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * sigmas[0]
+    with torch.no_grad():
+        denoise = guided(module.denoise(batch), module.denoise_unconditionally(batch), 4.0, 0.5, 5.0)
+        expected = module.decode(sample_dpmpp_2m(denoise, noise, sigmas))
+    torch.testing.assert_close(callback.render(module), expected, rtol=1e-3, atol=1e-4)
+    everywhere = ValidationImages(["x"], sampler=DPMSolverSampler(4, rho=3.0), **settings | {"guidance_interval": None})
+    assert not torch.allclose(everywhere.render(module), expected, atol=1e-3)
+
+
+def test_noise_added_on_the_way_is_the_seeds(tiny: Path) -> None:
+    """Neither the global generator's, nor such that a prompt would start from other noise with another sampler."""
+    module = SDXLModule(str(tiny))
+    module.configure_model()
+    starts: list[torch.Tensor] = []
+
+    class Watched(Sampler):
+        def __call__(self, denoise: Any, noise: torch.Tensor, *levels: Any) -> torch.Tensor:
+            starts.append(noise)
+            return HeunSampler(2, s_churn=2.0)(denoise, noise, *levels)
+
+        @property
+        def evaluations(self) -> int:
+            return 3
+
+    churned = ValidationImages(PROMPTS, resolution=16, sampler=Watched())
+    torch.manual_seed(1)
+    first = churned.render(module)
+    torch.manual_seed(2)
+    assert churned.render(module).equal(first)
+    generator = torch.Generator().manual_seed(0)
+    assert all(noise.equal(torch.randn(1, 4, 8, 8, generator=generator)) for noise in starts[:2])
+
+
+def test_yaml_that_names_another_sampler_has_its_number_of_steps() -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback])
+    config = parser.parse_object(
+        {
+            "callbacks": [
+                {
+                    "class_path": "lit_edm.callbacks.ValidationImages",
+                    "init_args": {
+                        "prompts": ["x"],
+                        "sampler": {"class_path": "DPMSolverSampler"},
+                        "guidance_interval": [0.2, 5],
+                    },
+                }
+            ]
+        }
+    )
+    built = parser.instantiate(parser.parse_string(parser.dump(config))).callbacks[0]
+    assert built.sampler == DPMSolverSampler(50)
+    assert built.guidance_interval == (0.2, 5.0)
+    assert ValidationImages(["x"]).sampler == HeunSampler(20)
+
+
 def test_pictures_reach_tensorboard(tiny: Path, icons: Path, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    fit(tiny, icons, tmp_path, ValidationImages(PROMPTS, resolution=16, num_steps=1), logger=logger, max_steps=1)
+    pictures = ValidationImages(PROMPTS, resolution=16, sampler=EulerSampler(1))
+    fit(tiny, icons, tmp_path, pictures, logger=logger, max_steps=1)
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
     assert events.Tags()["images"] == ["validation/00", "validation/01"]
     assert [event.step for event in events.Images("validation/00")] == [0, 1]
@@ -106,6 +181,12 @@ def test_pictures_reach_tensorboard(tiny: Path, icons: Path, tmp_path: Path) -> 
 def test_no_prompt() -> None:
     with pytest.raises(InputError, match=r"ValidationImages\.prompts is empty"):
         ValidationImages([])
+
+
+@pytest.mark.parametrize("interval", [(2.0, 1.0), (1.0, 1.0), (-1.0, 1.0)])
+def test_guidance_nowhere(interval: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match=r"ValidationImages\.guidance_interval is .*; it must be 0 <= low < high"):
+        ValidationImages(["x"], guidance_interval=interval)
 
 
 class TestSheet:

@@ -14,8 +14,8 @@ from lit_edm.data import CaptionedImagesDataModule
 from lit_edm.edm import DiffusionLoss, EDMLoss, EDMWeighting, LearnedWeighting, SNRWeighting
 from lit_edm.errors import InputError
 from lit_edm.modules import EDMModule, SDXLModule
-from lit_edm.modules.diffusion import seed_of
 from lit_edm.sdxl import LoRA
+from lit_edm.seeds import seed_of
 
 Make = Callable[..., Any]
 

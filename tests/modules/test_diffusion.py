@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lit_edm.modules import DiffusionModule, EDMModule, SDXLModule
-from lit_edm.modules.diffusion import evaluating, seed_of
+from lit_edm.modules.diffusion import evaluating
+from lit_edm.seeds import seed_of
 
 
 def test_both_modules_are_all_that_callbacks_ask_for() -> None:

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from PIL import Image
 from prodigyopt import Prodigy
 from torch.nn import functional
 
-from lit_edm.batch import Batch
+from lit_edm.batch import Batch, ClassImageRequest
 from lit_edm.callbacks import FreezeEmbeddings
-from lit_edm.data import CaptionedImagesDataModule
+from lit_edm.data import CaptionedImagesDataModule, ClassImages, TeacherPrior
 from lit_edm.edm import (
+    DPMSolverSampler,
     EDMLoss,
     EDMWeighting,
     LearnedWeighting,
@@ -25,8 +27,10 @@ from lit_edm.edm import (
 )
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
-from lit_edm.modules.sdxl import time_ids
-from lit_edm.sdxl import LoRA
+from lit_edm.modules.prior import blank_batch
+from lit_edm.sdxl import FullFinetune, LoRA
+
+CPU = torch.device("cpu")
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -115,7 +119,9 @@ def test_embeddings_lr(tiny: Path) -> None:
         assert [group["lr"] for group in module.configure_optimizers().param_groups] == rates
     module = module_of(tiny, optimizer=prodigy, embeddings_lr=0.5)
     module.configure_model()
-    with pytest.raises(InputError, match=r"embeddings_lr is 0\.5, but Prodigy takes one"):
+    with pytest.raises(
+        InputError, match=r"rates \[0\.5, 1\.0\] are given, but prodigyopt\.Prodigy takes one .* Grouped"
+    ):
         module.configure_optimizers()
 
 
@@ -161,10 +167,10 @@ def test_training_loss_is_plain_eps_mse(tiny: Path, batch: Batch) -> None:
     noise_law, betas = UniformTimesteps(), torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = (1 - betas).cumprod(0)
     torch.manual_seed(5)
-    sigma, noise = noise_law(2, latents.device), torch.randn_like(latents)
+    sigma, noise = noise_law(2, latents.device), torch.randn(latents.shape)
     t = torch.tensor([int((((1 - alpha_bar) / alpha_bar).sqrt() - s).abs().argmin()) for s in sigma])
     a = alpha_bar[t].float().view(-1, 1, 1, 1)
-    conditioning = module.conditioner(batch["caption"], time_ids(batch))
+    conditioning = module.conditioner(batch["caption"], module.time_ids(batch))
     added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
     x_t = a.sqrt() * latents + (1 - a).sqrt() * noise
     predicted = module.denoiser.unet(x_t, t, conditioning.context, added_cond_kwargs=added).sample
@@ -195,17 +201,23 @@ def test_every_kind_of_base_trains(base: str, loss: EDMLoss, icons: Path, reques
     assert all(not value.equal(recorder.start[name]) for name, value in trained_values(module).items())
 
 
-def test_time_ids_are_height_first_and_of_the_batch(batch: Batch) -> None:
-    assert time_ids(batch).tolist() == [[1023, 768, 0, 3, 16, 16], [3001, 2000, 7, 0, 16, 16]]
+def test_time_ids_are_height_first_and_of_the_batch(tiny: Path, batch: Batch) -> None:
+    module = module_of(tiny)
+    module.configure_model()
+    wide: Batch = {**batch, "image": torch.zeros(2, 3, 16, 24)}
+    for some in (wide, {**batch, "moments": module.latents.moments(wide["image"])}):
+        some.pop("image", None) if "moments" in some else None
+        assert module.time_ids(some).tolist() == [[1023, 768, 0, 3, 16, 24], [3001, 2000, 7, 0, 16, 24]]
 
 
 def test_gradient_checkpointing_changes_memory_alone(tiny: Path, batch: Batch) -> None:
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        module = module_of(tiny, gradient_checkpointing=checkpointing)
+        module = module_of(tiny, gradient_checkpointing=checkpointing, text_encoder_adapter=LoRA(rank=2))
         module.configure_model()
         assert module.denoiser.unet.is_gradient_checkpointing == checkpointing
+        assert [e.is_gradient_checkpointing for e in module.conditioner.encoders] == [checkpointing] * 2
         torch.manual_seed(1)
         module.loss(module.denoise(batch), module.encode(batch)).mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
@@ -259,6 +271,7 @@ def test_random_numbers_follow_from_seed_step_and_rank(tiny: Path, monkeypatch: 
             epoch_loop = Loop()
 
     module = module_of(tiny)
+    module.configure_model()
     draws = {}
     for seed in (0, 1):
         for step in (0, 1):
@@ -281,7 +294,7 @@ class TestSetup:
             trainer_of().fit(module, data_of(icons))
 
     def test_resolution(self, tiny: Path, icons: Path) -> None:
-        with pytest.raises(InputError, match=r"data\.init_args\.resolution is 33"):
+        with pytest.raises(InputError, match=r"data\.init_args\.resolution: images of 33 px a side"):
             trainer_of().fit(module_of(tiny), CaptionedImagesDataModule(icons, resolution=33))
 
     def test_initializer_of_no_placeholder(self, tiny: Path) -> None:
@@ -313,3 +326,140 @@ class TestSetup:
         with pytest.raises(InputError, match="sigma_data"):
             trainer_of().fit(module, data_of(icons))
         assert not hasattr(module, "denoiser")
+
+
+class TestWhatIsTrained:
+    def test_nothing(self, tiny: Path) -> None:
+        with pytest.raises(InputError, match=r"model\.init_args: nothing is trained; give an adapter"):
+            SDXLModule(str(tiny), adapter=None)
+
+    @pytest.mark.parametrize("setting", ["embeddings_lr", "embeddings_weight_decay", "text_encoders_lr"])
+    def test_settings_of_what_is_not(self, tiny: Path, setting: str) -> None:
+        with pytest.raises(InputError, match=rf"model\.init_args\.{setting} is 0\.0, but .* is not given"):
+            SDXLModule(str(tiny), **{setting: 0.0})
+
+    def test_tokens_alone(self, tiny: Path, icons: Path) -> None:
+        module, recorder = SDXLModule(str(tiny), tokens={"TOK": 2}, adapter=None), Recorder()
+        trainer_of(recorder, max_steps=2).fit(module, data_of(icons))
+        changed = {name for name, p in module.named_parameters() if not p.equal(recorder.start[name])}
+        assert len(changed) == 2
+        assert all(name.endswith("rows") for name in changed)
+
+    def test_text_encoders_have_a_rate_and_decay_of_their_own(self, tiny: Path) -> None:
+        settings = {"text_encoders_lr": 0.5, "text_encoders_weight_decay": 0.0, "embeddings_lr": 0.25}
+        module = module_of(tiny, text_encoder_adapter=LoRA(rank=2), optimizer=adamw, **settings)
+        module.configure_model()
+        groups = {group["name"]: group for group in module.configure_optimizers().param_groups}  # type: ignore[union-attr]
+        assert {name: group["lr"] for name, group in groups.items()} == {
+            "unet": 1e-3,
+            "text_encoders": 0.5,
+            "embeddings": 0.25,
+        }
+        assert [groups[name]["weight_decay"] for name in ("unet", "text_encoders", "embeddings")] == [0.01, 0.0, 0.01]
+
+    @pytest.mark.parametrize("clip_skip", [-1, 2])
+    def test_clip_skip(self, tiny: Path, icons: Path, clip_skip: int) -> None:
+        with pytest.raises(
+            InputError, match=rf"clip_skip is {clip_skip}, but a text encoder has 2 layers; write 0 to 1"
+        ):
+            trainer_of().fit(module_of(tiny, clip_skip=clip_skip), data_of(icons))
+
+
+def test_rates_are_logged_and_doubtful_ones_warned_of(tiny: Path, icons: Path) -> None:
+    module = module_of(tiny, optimizer=lambda groups: Prodigy(groups, lr=1e-3, d0=1e-3))
+    trainer = trainer_of(max_steps=2, log_every_n_steps=1)
+    with pytest.warns(
+        UserWarning, match=r"optimizer\.init_args\.lr is 0\.001, a factor on the rate that Prodigy finds"
+    ):
+        trainer.fit(module, data_of(icons))
+    d = module.optimizers().param_groups[0]["d"]  # type: ignore[union-attr]
+    assert trainer.logged_metrics["rate/unet"] == trainer.logged_metrics["rate/embeddings"]
+    assert 0 < trainer.logged_metrics["rate/unet"] <= 1e-3 * d
+
+
+def test_masked_places_have_no_part_in_the_loss(tiny: Path, batch: Batch) -> None:
+    """Latents under a black mask may be what they like; under a white one nothing changes."""
+    module = module_of(tiny)
+    module.configure_model()
+    latents = module.encode(batch)
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[:, :, :, 8:] = 1
+
+    def loss_of(some: Batch) -> torch.Tensor:
+        torch.manual_seed(0)
+
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return latents + (torch.arange(8) < 4)  # wrong on the left alone
+
+        return module.loss(denoise, latents, **module.target_and_mask(some, latents))
+
+    everywhere, plain = loss_of({**batch, "mask": torch.ones(2, 1, 16, 16)}), loss_of(batch)
+    assert everywhere.equal(plain)
+    assert (plain > 0).all()
+    assert loss_of({**batch, "mask": mask}).tolist() == [0, 0]
+
+
+class TestTeacher:
+    def test_is_the_untouched_base(self, tiny: Path, batch: Batch) -> None:
+        """With text and UNet adapted, the target of taught rows is what a fresh base predicts for the same x, sigma."""
+        module = module_of(tiny, text_encoder_adapter=LoRA(rank=2))
+        module.configure_model()
+        base = SDXLModule(str(tiny))
+        base.configure_model()
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        some: Batch = {**batch, "caption": ["a photo of TOK", "an icon"], "teacher": [False, True]}
+        x, y, sigma = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.5, 2.0])
+        target = module.taught(some)(x, sigma, y)
+        plain: Batch = {**batch, "caption": ["", "an icon"]}
+        assert target[0].equal(y[0])
+        torch.testing.assert_close(target[1], base.denoise(plain)(x, sigma)[1], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(module.denoise(some)(x, sigma)[1], target[1], atol=1e-3)
+        assert not target.requires_grad
+        assert all(p.requires_grad for p in module.groups.parameters["unet"])
+
+    def test_has_no_loss_where_nothing_is_learned_yet(self, tiny: Path, batch: Batch) -> None:
+        module = module_of(tiny)
+        module.configure_model()
+        some: Batch = {**batch, "caption": ["an icon", "an icon"], "teacher": [True, True]}
+        latents = module.encode(some)
+        losses = module.loss(module.denoise(some), latents, **module.target_and_mask(some, latents))
+        torch.testing.assert_close(losses, torch.zeros(2), rtol=0, atol=1e-9)
+
+    def test_of_a_full_fine_tune_is_refused_at_once(self, tiny: Path, icons: Path) -> None:
+        data = data_of(icons, prior=TeacherPrior("an icon"))
+        module = SDXLModule(str(tiny), adapter=FullFinetune())
+        with pytest.raises(InputError, match=r"prior is TeacherPrior, but FullFinetune keeps no copy of the base"):
+            trainer_of().fit(module, data)
+        assert not hasattr(module, "denoiser"), "before anything is loaded"
+
+
+class TestClassImages:
+    def test_are_rendered_by_the_base_and_kept(self, tiny: Path, icons: Path, tmp_path: Path) -> None:
+        prior = ClassImages(root=str(tmp_path / "class"), prompt="an icon", num_images=3)
+        data = CaptionedImagesDataModule(str(icons), resolution=32, batch_size=4, prior=prior)
+        recorder = Recorder()
+        seed_everything(1, verbose=False)
+        trainer_of(recorder, max_steps=1).fit(module_of(tiny), data)
+        files = sorted((tmp_path / "class").iterdir())
+        assert [path.name for path in files] == [f"class_{number:05}.png" for number in range(3)]
+        assert all(Image.open(path).size == (32, 32) for path in files)
+        assert len({path.read_bytes() for path in files}) == 3
+        times = [path.stat().st_mtime_ns for path in files]
+        again = CaptionedImagesDataModule(str(icons), resolution=32, batch_size=4, prior=prior)
+        trainer_of(max_steps=1).fit(module_of(tiny), again)
+        assert [path.stat().st_mtime_ns for path in files] == times, "once and for all"
+
+    def test_follow_from_their_seed_and_prompt(self, tiny: Path) -> None:
+        module = module_of(tiny)
+        module.configure_model()
+        module.trainer = trainer_of()
+        request: ClassImageRequest = {"prompt": "an icon", "size": (16, 24), "seed": 5}
+        both = module.render_class_images([request, {**request, "seed": 6}])
+        assert both.shape == (2, 3, 16, 24)
+        noise = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+        drawn = module.sample(blank_batch(["an icon"], (16, 24), CPU), noise, DPMSolverSampler(30), 5.0)
+        torch.testing.assert_close(both[:1], drawn, rtol=0, atol=1e-4)
+        assert not both[0].equal(both[1])
+        assert module.denoiser.unet.training, "and training goes on"

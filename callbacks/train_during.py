@@ -1,0 +1,78 @@
+"""Phases: what is trained when."""
+
+from math import isinf
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, Trainer
+from torch.optim import Optimizer
+
+from lit_edm.errors import InputError
+from lit_edm.modules import SDXLModule
+
+Group = Literal["unet", "text_encoders", "embeddings"]
+
+
+class TrainDuring(Callback):
+    """Trains a group of parameters during a part of the run's optimizer steps, and leaves it as it is in all others.
+
+    Where several of one group are in a trainer, it is trained while any of them says so. Outside, its gradients are
+    dropped, which every optimizer takes as "leave alone": no movement, no decay, no share in the clipped norm. A
+    learning rate of 0 does not stop Prodigy, whose momentum goes on, and requires_grad_(False) breaks DDP, which
+    expects the same graph at every step. The module is told too, and saves what work it can.
+
+    Args:
+        group: What is trained: unet, text_encoders or embeddings, the new tokens'.
+        start: First step to train it; up to 1 a fraction of all optimizer steps, above 1 a number of them.
+        stop: The step from which it is left alone, likewise.
+
+    Raises:
+        InputError: start is negative or not before stop, the run has no last step to take a fraction of, or the module
+            does not train the group.
+    """
+
+    def __init__(self, group: Group, start: float = 0.0, stop: float = 1.0) -> None:
+        self.group = group
+        self.start = start
+        self.stop = stop
+        same_unit = (start > 1) == (stop > 1)
+        if not start >= 0 or not stop > 0 or (same_unit and start >= stop):
+            raise InputError(f"TrainDuring trains {group} from {start} to {stop}; start must be 0 or more, below stop")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        """Checks that the module trains the group at all."""
+        groups = getattr(pl_module, "parameter_groups", dict)()
+        if self.group not in groups:
+            trained = ", ".join(groups) or "no groups"
+            raise InputError(
+                f"{type(self).__name__} is about {self.group}, but the model trains {trained}; leave the callback out, "
+                f"or let the model train {self.group}"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        """Counts the optimizer steps up to start and stop."""
+        total = trainer.estimated_stepping_batches
+        if isinf(total) and any(0 < moment < 1 for moment in (self.start, self.stop)):
+            raise InputError(
+                f"{type(self).__name__} needs the run's length: set trainer.max_steps or trainer.max_epochs"
+            )
+        self.first, self.end = (moment * total if 0 < moment <= 1 else moment for moment in (self.start, self.stop))
+        if self.first > 0 and self.first >= min(self.end, total):
+            raise InputError(
+                f"TrainDuring never trains {self.group}: {self.start} to {self.stop} is from step {self.first:g} to "
+                f"{self.end:g} of {total}"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: SDXLModule, batch: Any, batch_idx: int) -> None:
+        """Tells the module whether the group is trained in this step."""
+        pl_module.set_trained(self.group, self.trains(trainer))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: SDXLModule, optimizer: Optimizer) -> None:
+        """Drops the group's gradients, before Lightning clips their norm, in steps that do not train it."""
+        if not self.trains(trainer):
+            for parameter in pl_module.parameter_groups()[self.group]:
+                parameter.grad = None
+
+    def trains(self, trainer: Trainer) -> bool:
+        """Tells whether this step trains the group: a function of the step alone, so that a resumed run goes on."""
+        phases = [c for c in trainer.callbacks if isinstance(c, TrainDuring)]  # type: ignore[attr-defined]
+        return any(c.first <= trainer.global_step < c.end for c in phases if c.group == self.group)
