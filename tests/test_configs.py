@@ -1,7 +1,10 @@
 """Every config parses, describes each key, and those that need no download run for real."""
 
+import csv
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +92,51 @@ def test_the_quickstart_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "adapter/config.yaml",
     }
     assert len((run / "metrics.csv").read_text().splitlines()) == 3
+
+
+RECIPES = {
+    "sdxl_pivotal": "tiny",
+    "sdxl_edm": "tiny",
+    "playground": "tiny_edm",
+    "sdxl_dreambooth": "tiny",
+    "sdxl_advanced": "tiny",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    """Each as it is written, but for a tiny base, tiny images and few steps."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    base = request.getfixturevalue(RECIPES[name])
+    small = [f"--model.pretrained={base}", "--model.vae=null", "--model.variant=null", "--data.resolution=16"]
+    short = [
+        "--trainer.max_steps=4",
+        "--trainer.log_every_n_steps=1",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+    ]
+    if name == "sdxl_dreambooth":
+        short += ["--data.instance_prompt=an icon", "--data.prior.num_images=3", "--data.buckets.step=8"]
+    if name == "sdxl_advanced":
+        short += ["--data.buckets.step=8"]
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "ValidationImages":
+            callback["init_args"] |= {
+                "resolution": 16,
+                "sampler": {"class_path": "EulerSampler", "init_args": {"num_steps": 2}},
+            }
+        elif callback["class_path"] == "TrainDuring" and callback["init_args"]["group"] == "unet":
+            callback["init_args"]["start"] = 0.25
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config=small.yaml", *small, *short])
+    run = tmp_path / "runs" / name
+    losses = [float(row["train/loss"]) for row in csv.DictReader((run / "metrics.csv").open()) if row["train/loss"]]
+    assert len(losses) == 4
+    assert all(map(math.isfinite, losses))
+    assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_the_digits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
