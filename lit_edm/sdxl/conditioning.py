@@ -30,6 +30,11 @@ class Conditioning(NamedTuple):
         """Returns the conditioning that SDXL is guided away from: no words, the same sizes."""
         return Conditioning(torch.zeros_like(self.context), torch.zeros_like(self.pooled), self.time_ids)
 
+    def zeros_where(self, rows: Sequence[bool]) -> "Conditioning":
+        """Returns the same conditioning, without words in some rows."""
+        kept = torch.tensor([not row for row in rows], device=self.context.device)[:, None]
+        return Conditioning(self.context * kept[..., None], self.pooled * kept, self.time_ids)
+
 
 class SDXLConditioner(nn.Module):
     """Encodes captions with both CLIP text encoders, exactly as StableDiffusionXLPipeline.encode_prompt does.
@@ -113,8 +118,15 @@ class SDXLConditioner(nn.Module):
             if self._of_base is None:
                 context, pooled = encode(captions)
             else:
+                self._of_base.fill(captions, encode)
                 context, pooled = self._of_base.read(captions, encode, time_ids.device)
         return Conditioning(context, pooled, time_ids.float())
+
+    def with_dropped(self, captions: Sequence[str], time_ids: Tensor) -> Conditioning:
+        """Encodes captions (B) and sizes (B, 6); an empty one, as dropout leaves it, as guidance's contrast."""
+        conditioning = self(captions, time_ids)
+        dropped = [not caption for caption in captions]
+        return conditioning.zeros_where(dropped) if self.zeros_for_empty_prompt and any(dropped) else conditioning
 
     def unconditional(self, time_ids: Tensor) -> Conditioning:
         """Returns what classifier-free guidance contrasts with at these sizes (B, 6)."""
@@ -167,7 +179,8 @@ class SDXLConditioner(nn.Module):
         """Has activations recomputed in the backward pass, where there is one."""
         encoders: Any = self.encoders if self.learns else ()
         for encoder in encoders:
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            former = encoder.gradient_checkpointing_enable  # transformers 5.2x gave it another name
+            getattr(encoder, "activation_checkpointing_enable", former)({"use_reentrant": False})
             encoder.train()  # without which there is no checkpointing; CLIP has no dropout that it would turn on
 
     def too_long(self, captions: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ class TextStore:
     settings: str = ""
 
     def fill(self, texts: Sequence[str], encode: Encode) -> None:
-        """Encodes the texts that are not kept yet."""
+        """Encodes the texts that are not kept yet, and keeps them."""
         missing = [text for text in dict.fromkeys(texts) if self._key(text) not in self.cache]
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             some = missing[start : start + TEXTS_AT_ONCE]
@@ -37,9 +37,14 @@ class TextStore:
                 self.cache.put(self._key(text), {"context": context, "pooled": pooled})
 
     def read(self, texts: Sequence[str], encode: Encode, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns context (B, L, D) and pooled embedding (B, P) on the device; encodes what is not kept yet."""
-        self.fill(texts, encode)
-        kept = [tensors for text in texts if (tensors := self.cache.get(self._key(text)))]
+        """Returns context (B, L, D) and pooled embedding (B, P) on the device.
+
+        Texts that are not kept are encoded and not kept then either: shuffled tags would fill any memory.
+        """
+        found = [self.cache.get(self._key(text)) for text in texts]
+        kept = [tensors for tensors in found if tensors is not None]
+        if len(kept) < len(texts):
+            return encode(texts)
         context, pooled = (torch.stack([tensors[name] for tensors in kept]) for name in ("context", "pooled"))
         return context.to(device, non_blocking=True), pooled.to(device, non_blocking=True)
 

@@ -82,6 +82,19 @@ def test_unconditional_is_what_the_pipeline_contrasts_with(tiny: Path) -> None:
         assert ours.time_ids.equal(TIME_IDS[:1].float())
 
 
+def test_dropped_captions_are_what_guidance_contrasts_with(tiny: Path) -> None:
+    conditioner = make(tiny, {"TOK": 1})
+    captions = ["a TOK", "", "b"]
+    for zeros in (True, False):
+        conditioner.zeros_for_empty_prompt = zeros
+        ours, plain = conditioner.with_dropped(captions, TIME_IDS[:3]), conditioner(captions, TIME_IDS[:3])
+        contrast = conditioner.unconditional(TIME_IDS[:3])
+        for mine, encoded, empty in zip(ours[:2], plain[:2], contrast[:2], strict=True):
+            torch.testing.assert_close(mine[1], empty[1])
+            assert mine[::2].equal(encoded[::2])
+        assert ours.time_ids.equal(plain.time_ids)
+
+
 def test_gradients_reach_the_new_rows_alone(tiny: Path) -> None:
     conditioner = make(tiny, {"TOK": 2})
     context, pooled, _ = conditioner(["TOK"], TIME_IDS[:1])
@@ -143,6 +156,7 @@ class TestCache:
     def test_frozen_encoders_read_each_text_once(self, tiny: Path) -> None:
         plain, caching = make(tiny), make(tiny, cache=MemoryCache())
         asked = watched(caching)
+        caching.keep(CAPTIONS, CPU)
         for _ in range(2):
             for ours, theirs in zip(caching(CAPTIONS, TIME_IDS), plain(CAPTIONS, TIME_IDS), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -184,6 +198,7 @@ class TestCache:
     def test_learning_again_forgets(self, tiny: Path) -> None:
         conditioner = make(tiny, {"TOK": 1}, cache=MemoryCache())
         conditioner.learning = False
+        conditioner.keep(["TOK"], CPU)
         before = conditioner(["TOK"], TIME_IDS[:1]).context
         conditioner.learning = True
         with torch.no_grad():
@@ -198,13 +213,14 @@ class TestCache:
         cache = DiskCache(str(tmp_path / "texts"))
         counts = []
         for base, settings in ((tiny, {}), (tiny, {}), (tiny, {"clip_skip": 1}), (tiny, {"pool_at_end": False})):
-            make(base, cache=cache, **settings)(["a", "b"], TIME_IDS[:2])
+            make(base, cache=cache, **settings).keep(["a", "b"], CPU)
             counts.append(len(list(tmp_path.rglob("*.safetensors"))))
         assert counts == [2, 2, 4, 6]
 
     def test_teacher_and_frozen_encoders_share_what_is_kept(self, tiny: Path) -> None:
         conditioner = make(tiny, cache=MemoryCache())
         asked = watched(conditioner)
+        conditioner.keep(["a"], CPU)
         frozen, taught = conditioner(["a"], TIME_IDS[:1]), conditioner.untouched(["a"], TIME_IDS[:1])
         assert frozen.context.equal(taught.context)
         assert asked == [["a"]]

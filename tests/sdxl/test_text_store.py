@@ -30,11 +30,21 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> TensorCache:
 
 def test_encodes_each_text_once(cache: TensorCache) -> None:
     encode, store = Encoder(), TextStore(cache)
+    store.fill(["aa", "", "aa"], encode)
     for _ in range(2):
         context, pooled = store.read(["aa", "", "aa"], encode, CPU)
         assert context.equal(torch.tensor([2.0, 0, 2]).view(3, 1, 1).expand(3, 3, 2))
         assert pooled.equal(torch.tensor([2.0, 0, 2]).view(3, 1).expand(3, 5))
     assert encode.asked == [["aa", ""]]
+
+
+def test_texts_of_no_return_are_not_kept(cache: TensorCache) -> None:
+    """Of shuffled tags there is no end."""
+    encode, store = Encoder(), TextStore(cache)
+    store.fill(["a"], encode)
+    for _ in range(2):
+        assert store.read(["a", "b, c"], encode, CPU)[1][:, 0].tolist() == [1, 4]
+    assert encode.asked == [["a"], ["a", "b, c"], ["a", "b, c"]]
 
 
 def test_many_are_encoded_a_few_at_a_time(cache: TensorCache) -> None:
