@@ -76,9 +76,10 @@ def test_on_a_gpu() -> None:
     assert [parameter.device.type for parameter in layers.parameters()] == ["cpu", "cpu", "cuda", "cuda"]
 
 
-def test_weights_moved_while_inferring_can_be_trained_through() -> None:
+def test_weights_moved_while_inferring_can_be_trained_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning validates in inference mode, whose tensors autograd refuses afterwards."""
     frozen = nn.Linear(2, 2).requires_grad_(False)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self.clone())  # as to another device
     with torch.inference_mode():
         place_frozen(frozen, "cpu")
     x = torch.ones(1, 2, requires_grad=True)
