@@ -1,5 +1,7 @@
+import json
 import os
 import re
+import shutil
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,7 @@ from prodigyopt import Prodigy
 from torch.nn import functional
 
 from lit_edm.batch import Batch, ClassImageRequest
+from lit_edm.cache import MemoryCache
 from lit_edm.callbacks import FreezeEmbeddings
 from lit_edm.data import CaptionedImagesDataModule, ClassImages, TeacherPrior
 from lit_edm.edm import (
@@ -23,6 +26,8 @@ from lit_edm.edm import (
     LogNormal,
     MinSNRWeighting,
     SNRWeighting,
+    TimestepSchedule,
+    UniformKarras,
     UniformTimesteps,
 )
 from lit_edm.errors import InputError
@@ -331,12 +336,12 @@ class TestSetup:
 class TestWhatIsTrained:
     def test_nothing(self, tiny: Path) -> None:
         with pytest.raises(InputError, match=r"model\.init_args: nothing is trained; give an adapter"):
-            SDXLModule(str(tiny), adapter=None)
+            SDXLModule(str(tiny), adapter=None).setup("fit")
 
     @pytest.mark.parametrize("setting", ["embeddings_lr", "embeddings_weight_decay", "text_encoders_lr"])
     def test_settings_of_what_is_not(self, tiny: Path, setting: str) -> None:
         with pytest.raises(InputError, match=rf"model\.init_args\.{setting} is 0\.0, but .* is not given"):
-            SDXLModule(str(tiny), **{setting: 0.0})
+            SDXLModule(str(tiny), **{setting: 0.0}).setup("fit")
 
     def test_tokens_alone(self, tiny: Path, icons: Path) -> None:
         module, recorder = SDXLModule(str(tiny), tokens={"TOK": 2}, adapter=None), Recorder()
@@ -463,3 +468,50 @@ class TestClassImages:
         torch.testing.assert_close(both[:1], drawn, rtol=0, atol=1e-4)
         assert not both[0].equal(both[1])
         assert module.denoiser.unet.training, "and training goes on"
+
+
+def test_a_base_without_signal_at_the_last_timestep(tiny_v: Path, icons: Path, batch: Batch, tmp_path: Path) -> None:
+    """Lin et al. (2023): at t = T - 1 the loss is that of v = -y, and a run is as any other."""
+    base = tmp_path / "zero"
+    shutil.copytree(tiny_v, base)
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
+    schedule = TimestepSchedule(zero_terminal_snr=True)
+    loss = EDMLoss(UniformTimesteps(schedule), EDMWeighting(1.0))  # 1 / c_out^2: plain v-MSE
+    module, recorder = module_of(base, loss=loss), Recorder()
+    trainer_of(recorder).fit(module, data_of(icons))
+    assert torch.isfinite(torch.tensor(recorder.losses)).all()
+
+    latents = module.encode(batch)
+    last = EDMLoss(UniformKarras(schedule.sigma_max * (1 - 1e-6), schedule.sigma_max), EDMWeighting(1.0))
+    torch.manual_seed(0)
+    ours = last(module.denoise(batch), latents)
+    torch.manual_seed(0)
+    torch.rand(2, dtype=torch.float64)  # that of sigma
+    noise, a = torch.randn(latents.shape), 2.0**-24
+    conditioning = module.conditioner(batch["caption"], module.time_ids(batch))
+    added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
+    x, t = a**0.5 * latents + (1 - a) ** 0.5 * noise, torch.tensor([999, 999])
+    v = module.denoiser.unet(x, t, conditioning.context, added_cond_kwargs=added).sample
+    expected = (v - (a**0.5 * noise - (1 - a) ** 0.5 * latents)).square().mean((1, 2, 3))
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-4)  # y is a 4,096th of x, whose float32 has 24 bits
+
+    with pytest.raises(
+        InputError, match=r"noise\.init_args\.schedule is .*, but the base has .*zero_terminal_snr=True"
+    ):
+        module_of(base).setup("fit")
+
+
+def test_frozen_encoders_run_before_training_alone(tiny: Path, icons: Path) -> None:
+    module, runs = SDXLModule(str(tiny), adapter=LoRA(rank=2), text_cache=MemoryCache()), []
+
+    class Watch(Callback):
+        def setup(self, trainer: Trainer, pl_module: SDXLModule, stage: str) -> None:
+            pl_module.configure_model()
+            pl_module.conditioner.encoders[0].register_forward_hook(lambda *_: runs.append("encoder"))
+
+        def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+            runs.append("training")
+
+    trainer_of(Watch()).fit(module, data_of(icons))
+    assert runs == ["encoder", "encoder", "training"], "22 captions, 16 at once"
