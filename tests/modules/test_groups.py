@@ -6,7 +6,7 @@ from lit_edm.modules.groups import ParameterGroups
 
 def make() -> ParameterGroups:
     return ParameterGroups(
-        {"unet": [nn.Parameter(torch.ones(2))], "embeddings": [nn.Parameter(torch.ones(3))], "x": []}
+        {"unet": [nn.Parameter(torch.ones(2))], "embeddings": [nn.Parameter(torch.zeros(3))], "x": []}
     )
 
 
