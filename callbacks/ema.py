@@ -42,6 +42,9 @@ class ExponentialMovingAverage(Callback):
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad:
                 self.average[name] = self.average.get(name, parameter).detach().to(parameter, copy=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the step, which Lightning restores only now."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -103,11 +106,16 @@ class ExponentialMovingAverage(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run goes on with."""
-        return {"average": self.average, "images_seen": self.images_seen}
+        return {
+            "average": self.average,
+            "images_seen": self.images_seen,
+            "images_in_step": self._images_in_step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the average of a checkpoint."""
         self.average, self.images_seen = dict(state_dict["average"]), state_dict["images_seen"]
+        self._images_in_step = state_dict.get("images_in_step", 0)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Phases: what is trained when."""
 
-from math import isinf
+from collections.abc import Mapping, Sequence
+from math import ceil, isinf
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
@@ -50,17 +51,29 @@ class TrainDuring(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
         """Counts the optimizer steps up to start and stop."""
-        total = trainer.estimated_stepping_batches
+        total, groups = trainer.estimated_stepping_batches, pl_module.parameter_groups()
         if isinf(total) and any(0 < moment < 1 for moment in (self.start, self.stop)):
             raise InputError(
                 f"{type(self).__name__} needs the run's length: set trainer.max_steps or trainer.max_epochs"
             )
-        self.first, self.end = (moment * total if 0 < moment <= 1 else moment for moment in (self.start, self.stop))
+        self.first, self.end = self.span(total)
         if self.first > 0 and self.first >= min(self.end, total):
             raise InputError(
                 f"TrainDuring never trains {self.group}: {self.start} to {self.stop} is from step {self.first:g} to "
                 f"{self.end:g} of {total}"
             )
+
+        spans = {group: [phase.span(total) for phase in phases_of(trainer, group)] for group in groups}
+        if (step := first_step_without(spans, total)) is not None:
+            raise InputError(
+                f"{type(self).__name__}: step {step} of {total} would train none of {', '.join(groups)}; let the "
+                "phases overlap, or end the run there"
+            )
+
+    def span(self, total: float) -> tuple[float, float]:
+        """Returns the first step of a run of this length to train the group, and the first one after."""
+        first, end = (moment * total if 0 < moment <= 1 else moment for moment in (self.start, self.stop))
+        return first, end
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: SDXLModule, batch: Any, batch_idx: int) -> None:
         """Tells the module whether the group is trained in this step."""
@@ -74,5 +87,24 @@ class TrainDuring(Callback):
 
     def trains(self, trainer: Trainer) -> bool:
         """Tells whether this step trains the group: a function of the step alone, so that a resumed run goes on."""
-        phases = [c for c in trainer.callbacks if isinstance(c, TrainDuring)]  # type: ignore[attr-defined]
-        return any(c.first <= trainer.global_step < c.end for c in phases if c.group == self.group)
+        return any(phase.first <= trainer.global_step < phase.end for phase in phases_of(trainer, self.group))
+
+
+def phases_of(trainer: Trainer, group: str) -> list[TrainDuring]:
+    """Returns a trainer's callbacks that say when a group is trained."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [phase for phase in callbacks if isinstance(phase, TrainDuring) and phase.group == group]
+
+
+def first_step_without(spans: Mapping[str, Sequence[tuple[float, float]]], total: float) -> int | None:
+    """Returns the first step in which no group is trained, if there is one.
+
+    Args:
+        spans: First and last moment of each group's phases; a group without any is always trained.
+        total: Steps of the run.
+    """
+    moments = {0.0, *(moment for of_group in spans.values() for span in of_group for moment in span)}
+    for step in sorted(ceil(moment) for moment in moments if moment < total and not isinf(moment)):
+        if not any(not of_group or any(a <= step < b for a, b in of_group) for of_group in spans.values()):
+            return step
+    return None

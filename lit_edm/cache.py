@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_edm.files import read_tensors, write_tensors
+from lit_edm.files import holds_tensors, read_tensors, write_tensors
 
 __all__ = ["DiskCache", "MemoryCache", "TensorCache", "fingerprint"]
 
@@ -39,7 +39,10 @@ class TensorCache(ABC):
 
 @dataclass(frozen=True)
 class MemoryCache(TensorCache):
-    """Keeps tensors in memory, for one run and one process; its loaders' workers share them."""
+    """Keeps tensors in memory, for one run and one process; its loaders' workers share them.
+
+    Of SDXL at 1024 px an image takes 0.5 MB, and a caption 0.3 MB in half precision.
+    """
 
     kept: dict[str, Tensors] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -73,6 +76,9 @@ class DiskCache(TensorCache):
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         write_tensors(self.path(key), tensors)
+
+    def __contains__(self, key: str) -> bool:
+        return holds_tensors(self.path(key))
 
     def path(self, key: str) -> Path:
         """Returns the file of a key; the first letters of its digest are a folder, so that none holds too many."""

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from secrets import token_hex
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,10 +18,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
         write: Writes the file to the path that it is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{token_hex(4)}.part")  # two machines may have processes of one number
     try:
         write(part)
-        with part.open("rb") as file:
+        with part.open("r+b") as file:
             os.fsync(file.fileno())  # else the name may reach the disk before the contents do
         part.replace(path)
     finally:
@@ -40,3 +41,12 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
         return load_file(path)
     except (FileNotFoundError, SafetensorError):
         return None
+
+
+def holds_tensors(path: Path) -> bool:
+    """Tells whether a path is a whole safetensors file, by its header and its length alone."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False

@@ -21,6 +21,9 @@ from lit_edm.seeds import run_seed, seed_of
 NETWORK_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Precision that networks compute in by the trainer's. Every trainable value is float32 throughout."""
 
+SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum", "d_coef", "growth_rate")
+"""What of an optimizer's groups is a setting and not, as Prodigy's d is, a state."""
+
 
 class DiffusionModule(LightningModule, ABC):
     """Trains a denoiser D(x; sigma) of clean latents y.
@@ -71,6 +74,7 @@ class DiffusionModule(LightningModule, ABC):
         optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-4)
         if warning := rate_warning(optimizer):
             rank_zero_warn(warning)
+        self._given = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         return optimizer
 
     def with_schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
@@ -78,6 +82,16 @@ class DiffusionModule(LightningModule, ABC):
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Gives the optimizer of a resumed run the config's settings, in place of those in the checkpoint.
+
+        Learning rates under a schedule are left to it: it goes on where it was.
+        """
+        if self.trainer.ckpt_path is None:
+            return
+        for group, given in zip(self.trainer.optimizers[0].param_groups, self._given, strict=True):
+            group.update({key: value for key, value in given.items() if key != "lr" or self.lr_scheduler is None})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes every random number of a step a function of (seed, step, rank).

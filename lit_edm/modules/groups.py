@@ -22,6 +22,10 @@ class ParameterGroups:
         """Lets a group rest, or learn on."""
         (self._resting.discard if trained else self._resting.add)(name)
 
+    def wake(self) -> None:
+        """Lets all groups learn, as at the beginning of a run."""
+        self._resting.clear()
+
     def learn(self, *names: str) -> bool:
         """Tells whether any of the named groups learns now."""
         return any(name in self.parameters and name not in self._resting for name in names)

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_edm.edm import (
+    EDMLoss,
     EDMPreconditioning,
+    EDMWeighting,
     EpsPreconditioning,
+    LogNormal,
     Preconditioning,
+    SNRWeighting,
     TimestepSchedule,
+    UniformTimesteps,
     VelocityPreconditioning,
 )
 from lit_edm.errors import InputError
@@ -65,6 +70,17 @@ class SDXLCheckpoint:
             return config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)
         schedule = self._schedule(config)
         return schedule.sigma_min, schedule.sigma_max
+
+    def pretraining_loss(self) -> EDMLoss:
+        """Returns what the base was trained with: plain eps-MSE or v-MSE at uniform timesteps, or EDM's own."""
+        match self.preconditioning():
+            case EDMPreconditioning(sigma_data):
+                return EDMLoss(LogNormal(), EDMWeighting(sigma_data))
+            case VelocityPreconditioning(schedule):
+                return EDMLoss(UniformTimesteps(schedule), EDMWeighting(1.0))
+            case EpsPreconditioning(schedule):
+                return EDMLoss(UniformTimesteps(schedule), SNRWeighting())
+        raise AssertionError("preconditioning returns one of these three")
 
     def scheduler_config(self) -> dict[str, Any]:
         """Returns scheduler/scheduler_config.json."""

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from lit_edm.edm import (
     DiffusionLoss,
     EDMPreconditioning,
     EpsPreconditioning,
+    InverseTransform,
     NoiseDistribution,
     Preconditioning,
     VelocityPreconditioning,
@@ -63,13 +66,21 @@ def check_loss(loss: DiffusionLoss, base: Preconditioning, sigma_range: tuple[fl
                 f"{where}.init_args.schedule is {schedule}, but the base has {base}; write the base's values"
             )
     low, high = sigma_range
-    sigma_min, sigma_max = getattr(noise, "sigma_min", low), getattr(noise, "sigma_max", high)
+    sigma_min, sigma_max = range_of(noise, sigma_range)
     if not isinstance(base, EDMPreconditioning) and (sigma_min < low * 0.999 or sigma_max > high * 1.001):
         raise InputError(
             f"{where} draws sigma in [{sigma_min:g}, {sigma_max:g}], but the base is {kind} and knows "
             f"[{low:.4f}, {high:.4f}] alone; write sigma_min: {math.ceil(low * 1e4) / 1e4} and "
             f"sigma_max: {math.floor(high * 1e2) / 1e2}"
         )
+
+
+def range_of(noise: object, otherwise: tuple[float, float]) -> tuple[float, float]:
+    """Returns the smallest and the largest noise level that a law draws, as far as that can be known."""
+    if hasattr(noise, "sigma_min") or not isinstance(noise, InverseTransform):
+        return getattr(noise, "sigma_min", otherwise[0]), getattr(noise, "sigma_max", otherwise[1])
+    low, high = noise.at(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.device("cpu")).tolist()
+    return low, high
 
 
 def check_sizes(sizes: Iterable[tuple[int, int]], checkpoint: SDXLCheckpoint) -> None:

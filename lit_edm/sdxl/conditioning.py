@@ -103,11 +103,12 @@ class SDXLConditioner(nn.Module):
         texts = [self.placeholders.replace(caption) for caption in captions]
         # What was learned may be on loan to an average of weights where there is no training.
         store = (self._learned if self.training else None) if self.learns else self._of_base
-        if self.learning or store is None:
-            with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
-                context, pooled = self.encode(texts, time_ids.device)
-        else:
-            context, pooled = store.read(texts, partial(self.encode, device=time_ids.device), time_ids.device)
+        encode = partial(self.encode, device=time_ids.device)
+        with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
+            if self.learning or store is None:
+                context, pooled = encode(texts)
+            else:
+                context, pooled = store.read(texts, encode, time_ids.device)
         return Conditioning(context, pooled, time_ids.float())
 
     @torch.no_grad()
@@ -165,6 +166,10 @@ class SDXLConditioner(nn.Module):
         with at_hand(self.encoders, device):
             store.fill(texts, partial(self.encode, device=device))
         place_frozen(self.encoders, "cpu")
+
+    def take_back(self, device: torch.device) -> None:
+        """Has the encoders on the device for good: they are to learn, and the backward pass needs their weights."""
+        place_frozen(self.encoders, device)
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:

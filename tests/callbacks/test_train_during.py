@@ -10,7 +10,10 @@ from prodigyopt import Prodigy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lit_edm.callbacks import FreezeEmbeddings, TrainDuring
+from lit_edm.callbacks.train_during import first_step_without
+from lit_edm.data import CaptionedImagesDataModule
 from lit_edm.errors import InputError
+from lit_edm.modules import SDXLModule
 from lit_edm.optim import GroupedProdigy
 
 Make = Callable[..., Trainer]
@@ -125,3 +128,28 @@ def test_a_group_that_is_not_trained(three_groups: Any, trainer: Make, monkeypat
 def test_a_module_without_groups(pixels: Callable[..., LightningModule], patches: Any, trainer: Make) -> None:
     with pytest.raises(InputError, match="TrainDuring is about unet, but the model trains no groups"):
         trainer(TrainDuring("unet", 0.5)).fit(pixels(), patches())
+
+
+@pytest.mark.parametrize(
+    ("spans", "step"),
+    [
+        ({"unet": [], "embeddings": [(0, 2)]}, None),
+        ({"embeddings": [(0, 2)]}, 2),
+        ({"embeddings": [(1, 4)]}, 0),
+        ({"embeddings": [(0, 2)], "unet": [(2, 4)]}, None),
+        ({"embeddings": [(0, 1.5)], "unet": [(2.5, 4)]}, 2),
+        ({"embeddings": [(0, 1), (3, 4)]}, 1),
+        ({"embeddings": [(0, 9)]}, None),
+    ],
+)
+def test_steps_that_train_nothing(spans: dict[str, list[tuple[float, float]]], step: int | None) -> None:
+    assert first_step_without(spans, 4) == step
+
+
+def test_a_run_with_steps_that_train_nothing_is_refused(tiny: Path, icons: Path, trainer: Any) -> None:
+    module = SDXLModule(str(tiny), tokens={"TOK": 1}, adapter=None)
+    data = CaptionedImagesDataModule(icons, resolution=16, batch_size=4)
+    with pytest.raises(
+        InputError, match=r"FreezeEmbeddings: step 2 of 4 would train none of embeddings; let the phases"
+    ):
+        trainer(FreezeEmbeddings(0.5)).fit(module, data)

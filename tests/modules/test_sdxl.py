@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lit_edm.batch import Batch, ClassImageRequest
 from lit_edm.cache import MemoryCache
-from lit_edm.callbacks import FreezeEmbeddings
+from lit_edm.callbacks import FreezeEmbeddings, TrainDuring
 from lit_edm.data import CaptionedImagesDataModule, ClassImages, TeacherPrior
 from lit_edm.edm import (
     DPMSolverSampler,
@@ -32,7 +32,7 @@ from lit_edm.edm import (
 )
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
-from lit_edm.modules.prior import blank_batch
+from lit_edm.modules.prior import blank_batch, unit_noise
 from lit_edm.sdxl import FullFinetune, LoRA
 
 CPU = torch.device("cpu")
@@ -499,7 +499,7 @@ def test_a_base_without_signal_at_the_last_timestep(tiny_v: Path, icons: Path, b
     with pytest.raises(
         InputError, match=r"noise\.init_args\.schedule is .*, but the base has .*zero_terminal_snr=True"
     ):
-        module_of(base).setup("fit")
+        module_of(base, loss=EDMLoss(UniformTimesteps(), EDMWeighting(1.0))).setup("fit")
 
 
 def test_frozen_encoders_run_before_training_alone(tiny: Path, icons: Path) -> None:
@@ -515,3 +515,98 @@ def test_frozen_encoders_run_before_training_alone(tiny: Path, icons: Path) -> N
 
     trainer_of(Watch()).fit(module, data_of(icons))
     assert runs == ["encoder", "encoder", "training"], "22 captions, 16 at once"
+
+
+def test_encoders_are_back_when_a_phase_starts_late(tiny: Path, icons: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without weights that are there no gradient is right: here they are not numbers while they are away."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def place(encoders: torch.nn.Module, device: Any) -> None:
+        for parameter in encoders.parameters():
+            if parameter.requires_grad:
+                continue
+            if device == "cpu":  # as `keep` sends them away; on this machine the device is torch.device("cpu")
+                kept.setdefault(id(parameter), parameter.data)
+                parameter.data = torch.full_like(parameter.data, float("nan"))
+            else:
+                parameter.data = kept.pop(id(parameter), parameter.data)
+
+    monkeypatch.setattr("lit_edm.sdxl.conditioning.place_frozen", place)
+    module, recorder = module_of(tiny, optimizer=adamw, text_cache=MemoryCache()), Recorder()
+    trainer_of(TrainDuring("embeddings", start=0.5), recorder).fit(module, data_of(icons))
+    assert [not a.equal(b) for a, b in pairwise(recorder.embeddings)] == [False, False, True, True]
+    assert torch.isfinite(recorder.embeddings[-1]).all()
+    assert torch.isfinite(torch.tensor(recorder.losses)).all()
+
+
+def test_dropped_captions_are_what_guidance_contrasts_with(tiny: Path, batch: Batch) -> None:
+    module = module_of(tiny)
+    module.configure_model()
+    some: Batch = {**batch, "caption": ["a TOK", ""]}
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 2.0])
+    dropped, contrast = module.denoise(some)(x, sigma), module.denoise_unconditionally(some)(x, sigma)
+    torch.testing.assert_close(dropped[1], contrast[1])
+    assert not torch.allclose(dropped[0], contrast[0], atol=1e-3)
+    module.eval()
+    assert not torch.allclose(module.denoise(some)(x, sigma)[1], contrast[1], atol=1e-3), "an empty prompt is a prompt"
+
+
+class TestSecondFit:
+    """As in a notebook: the same module, another trainer."""
+
+    def test_wakes_what_rested(self, tiny: Path, icons: Path) -> None:
+        module, recorder = module_of(tiny, optimizer=adamw, text_cache=MemoryCache()), Recorder()
+        trainer_of(FreezeEmbeddings(0.5)).fit(module, data_of(icons))
+        trainer_of(recorder).fit(module, data_of(icons))
+        assert [not a.equal(b) for a, b in pairwise(recorder.embeddings)] == [True] * 4
+
+    def test_renders_class_images_by_the_base_all_the_same(self, tiny: Path, icons: Path) -> None:
+        request: ClassImageRequest = {"prompt": "an icon", "size": (16, 16), "seed": 5}
+        module = module_of(tiny, optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.05))
+        module.configure_model()
+        module.trainer = trainer_of()
+        before = module.render_class_images([request])
+        trainer_of().fit(module, data_of(icons))
+        torch.testing.assert_close(module.render_class_images([request]), before, rtol=0, atol=1e-5)
+        trained = module.sample(
+            blank_batch(["an icon"], (16, 16), CPU), unit_noise([5], (4, 8, 8), CPU), DPMSolverSampler(30), 5.0
+        )
+        assert not torch.allclose(trained, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_resumed_run_has_the_configs_rates_and_decay(
+    tiny: Path, icons: Path, tmp_path: Path, scheduled: bool
+) -> None:
+    schedule = (lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.5, 4)) if scheduled else None
+    trainer = trainer_of(max_steps=2)
+    trainer.fit(module_of(tiny, optimizer=adamw, lr_scheduler=schedule), data_of(icons))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = module_of(
+        tiny,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-5, weight_decay=0.5, betas=(0.5, 0.6)),
+        lr_scheduler=schedule,
+        embeddings_lr=3e-6,
+    )
+    trainer_of(max_steps=3).fit(again, data_of(icons), ckpt_path=tmp_path / "x.ckpt")
+    groups = again.optimizers().param_groups  # type: ignore[union-attr]
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.5, (0.5, 0.6))] * 2
+    rates = [1e-3 * 0.625] * 2 if scheduled else [1e-5, 3e-6]
+    assert [group["lr"] for group in groups] == pytest.approx(rates), "a schedule goes on where it was"
+
+
+@pytest.mark.parametrize(
+    ("base", "loss"),
+    [
+        ("tiny", EDMLoss(UniformTimesteps(), SNRWeighting())),
+        ("tiny_v", EDMLoss(UniformTimesteps(), EDMWeighting(1.0))),
+        ("tiny_edm", EDMLoss(LogNormal(), EDMWeighting(0.5))),
+    ],
+)
+def test_without_a_loss_a_base_is_trained_as_it_was(base: str, loss: EDMLoss, request: pytest.FixtureRequest) -> None:
+    module = module_of(request.getfixturevalue(base))
+    module.setup("validate")
+    assert module.loss == loss
+    again = module_of(request.getfixturevalue(base))
+    again.configure_model()
+    assert again.loss == loss

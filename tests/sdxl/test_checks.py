@@ -9,8 +9,10 @@ from lit_edm.edm import (
     EDMPreconditioning,
     EDMWeighting,
     EpsPreconditioning,
+    IDDPMNoise,
     LogNormal,
     MinSNRWeighting,
+    NoiseDistribution,
     Preconditioning,
     Scalings,
     SNRWeighting,
@@ -18,6 +20,7 @@ from lit_edm.edm import (
     TimestepSchedule,
     UniformTimesteps,
     VelocityPreconditioning,
+    VPNoise,
 )
 from lit_edm.errors import InputError
 from lit_edm.sdxl import SDXLCheckpoint
@@ -118,3 +121,9 @@ def test_vaes_that_normalise_differently(tiny: Path, tiny_edm: Path, tmp_path: P
     config = json.loads((tmp_path / "vae/config.json").read_text()) | {"scaling_factor": 1.0}
     (tmp_path / "vae/config.json").write_text(json.dumps(config))
     assert latent_statistics_differ(SDXLCheckpoint(str(tiny), vae=str(tmp_path / "vae")))
+
+
+@pytest.mark.parametrize("noise", [VPNoise(), IDDPMNoise()])
+def test_laws_of_other_columns_draw_what_sdxl_does_not_know(noise: NoiseDistribution) -> None:
+    with pytest.raises(InputError, match=r"noise draws sigma in \[.*\], but the base is epsilon-predicting and knows"):
+        check_loss(EDMLoss(noise, SNRWeighting()), EPS, TABLE)

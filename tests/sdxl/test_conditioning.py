@@ -224,3 +224,11 @@ class TestCache:
         frozen, taught = conditioner(["a"], TIME_IDS[:1]), conditioner.untouched(["a"], TIME_IDS[:1])
         assert frozen.context.equal(taught.context)
         assert asked == [["a"]]
+
+    def test_texts_that_are_not_kept_have_no_gradient_either(self, tiny: Path) -> None:
+        for cache in (None, MemoryCache()):
+            conditioner = make(tiny, {"TOK": 1}, cache=cache)
+            conditioner.learning = False
+            context, pooled, _ = conditioner(["TOK, of tags that were shuffled"], TIME_IDS[:1])
+            assert not context.requires_grad
+            assert not pooled.requires_grad
