@@ -6,6 +6,7 @@ from lit_edm.callbacks.matmul_precision import MatmulPrecision
 from lit_edm.callbacks.retract_embeddings import RetractEmbeddings
 from lit_edm.callbacks.sample_sheet import SampleSheet
 from lit_edm.callbacks.save_adapter import SaveAdapter
+from lit_edm.callbacks.save_pictures import SavePictures
 from lit_edm.callbacks.train_during import TrainDuring
 from lit_edm.callbacks.validation_frechet_distance import ValidationFrechetDistance
 from lit_edm.callbacks.validation_images import ValidationImages
@@ -18,6 +19,7 @@ __all__ = [
     "RetractEmbeddings",
     "SampleSheet",
     "SaveAdapter",
+    "SavePictures",
     "TrainDuring",
     "ValidationFrechetDistance",
     "ValidationImages",

@@ -1,6 +1,6 @@
 """Pictures: from pixels, on contact sheets, to loggers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -17,7 +17,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 
 
 def contact_sheet(
-    rows: dict[str, Sequence[Image.Image]],
+    rows: Mapping[str, Sequence[Image.Image]],
     captions: Sequence[str],
     side: int = 256,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
@@ -27,7 +27,7 @@ def contact_sheet(
     Args:
         rows: Title and pictures of each row.
         captions: Caption of each column.
-        side: Width and height in pixels at which each picture is shown.
+        side: Width and height in pixels of the square that each picture is fitted into.
         resample: How pictures are brought to that size.
     """
     font = ImageFont.load_default(12)
@@ -42,8 +42,15 @@ def contact_sheet(
         y = top + row * row_height
         draw.text((MARGIN, y), title, "gray", font)
         for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), resample), (MARGIN + column * cell, y + TEXT_HEIGHT))
+            sheet.paste(fitted(picture, side, resample), (MARGIN + column * cell, y + TEXT_HEIGHT))
     return sheet
+
+
+def fitted(picture: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+    """Returns a picture in its own proportions, the longer side brought to a length in pixels."""
+    longer = max(picture.size)
+    width, height = (max(1, round(length * side / longer)) for length in picture.size)
+    return picture.resize((width, height), resample)
 
 
 def log_pictures(

@@ -92,6 +92,30 @@ class CachesLatents(Protocol):
         ...
 
 
+class PictureRequest(TypedDict):
+    """A picture that is to be rendered; it follows from what stands here and from the module's settings alone."""
+
+    index: int
+    """Its place among all."""
+    prompt: str
+    """What it shows, placeholders not yet replaced."""
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    seed: int
+    """What all of its noise follows from."""
+    scale: float
+    """Factor on the updates of adapters from files, beside that of each file."""
+
+
+@runtime_checkable
+class RequestsPictures(Protocol):
+    """A data module whose batches are lists of requests, each list of one size and one scale."""
+
+    def requests(self) -> list[PictureRequest]:
+        """Returns all requests, in order; called after setup."""
+        ...
+
+
 class LabelledExample(TypedDict):
     """One image and its class, as a dataset yields it."""
 

@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -52,6 +53,21 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Reads nothing from the checkpoint, whose hyperparameters would silently beat YAML and command line."""
 
+    def find_checkpoint(self) -> None:
+        """Raises InputError if there is no checkpoint to go on from: Lightning would begin anew with a mere warning."""
+        wanted = self._get(self.config, "ckpt_path")
+        if wanted == "last":
+            folders = [str(c.dirpath) for c in self.trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+            if not any(path for folder in folders for path in Path(folder).glob("last*.ckpt")):
+                raise InputError(
+                    f"--ckpt_path last: there is no last.ckpt in {' or '.join(folders) or 'a fixed folder'}; give "
+                    "ModelCheckpoint a dirpath and save_last: true, or begin anew without --ckpt_path"
+                )
+        elif wanted and wanted not in ("best", "hpc", "registry") and "://" not in wanted and not Path(wanted).exists():
+            raise InputError(f"--ckpt_path {wanted}: there is no such checkpoint; correct it, or begin anew without it")
+
+    before_fit = before_validate = before_test = before_predict = find_checkpoint
+
 
 def one_line(message: str) -> str:
     """Reduces jsonargparse's nested account of all it tried to the innermost cause and the key it stands under."""
@@ -87,8 +103,8 @@ def input_error_behind(error: BaseException | None) -> InputError | None:
 
 def fail(message: str) -> NoReturn:
     """Prints one line and ends with exit code 2."""
-    line = message.splitlines()[-1].removeprefix("lit_edm.errors.InputError: ")  # a loader's worker adds a traceback
-    sys.stderr.write(f"lit-edm: error: {line}\n")
+    cause = message.rpartition("lit_edm.errors.InputError: ")[2]  # a loader's worker puts a traceback before it
+    sys.stderr.write(f"lit-edm: error: {' '.join(cause.split())}\n")
     sys.exit(2)
 
 

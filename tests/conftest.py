@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,52 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(callbacks=list(callbacks), **(defaults | quiet | settings))
 
     return make
+
+
+class StandInHub:
+    """Stands in for the Hub's client: what is sent to it is there for the real one, which reads its cache offline.
+
+    Args:
+        cache: Where the client looks for what it has downloaded.
+    """
+
+    user = "someone"
+    clubs = ("club",)
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.made: dict[str, dict[str, Any]] = {}
+
+    def __call__(self) -> "StandInHub":
+        return self
+
+    def whoami(self) -> dict[str, Any]:
+        return {"name": self.user, "orgs": [{"name": name} for name in self.clubs]}
+
+    def create_repo(self, repo_id: str, **settings: Any) -> str:
+        self.made[repo_id] = settings
+        return f"https://hub.test/{repo_id}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, ignore_patterns: list[str], commit_message: str) -> None:
+        from huggingface_hub.utils import filter_repo_objects
+
+        assert repo_id in self.made
+        (self.folder(repo_id).parents[1] / "refs").mkdir(parents=True, exist_ok=True)
+        (self.folder(repo_id).parents[1] / "refs/main").write_text(self.folder(repo_id).name)
+        files = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
+        for name in filter_repo_objects(files, ignore_patterns=ignore_patterns):
+            (self.folder(repo_id) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder_path / name, self.folder(repo_id) / name)
+
+    def folder(self, repo_id: str) -> Path:
+        """Where the files of a repository are."""
+        return self.cache / f"models--{repo_id.replace('/', '--')}" / "snapshots" / ("0" * 40)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandInHub:
+    """A Hub of our own, to which nobody sends anything else."""
+    hub = StandInHub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.cache))
+    return hub

@@ -126,6 +126,26 @@ def test_parts_check_their_settings(run: Callable[..., str]) -> None:
     assert "MinSNRWeighting.gamma must be positive" in said
 
 
+def test_nothing_to_resume(run: Callable[..., str], tmp_path: Path) -> None:
+    assert "--ckpt_path last: there is no last.ckpt in a fixed folder" in run("--ckpt_path=last")
+    folder = tmp_path / "checkpoints"
+    keep = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(folder), "save_last": True}}
+    settings = ["--trainer.enable_checkpointing=true", f"--trainer.callbacks=[{json.dumps(keep)}]"]
+    assert f"there is no last.ckpt in {folder};" in run("--ckpt_path=last", *settings)
+    assert f"{tmp_path / 'none.ckpt'}: there is no such checkpoint" in run(f"--ckpt_path={tmp_path / 'none.ckpt'}")
+    main(["fit", "--config", str(tmp_path / "config.yaml"), *settings])
+    main(["fit", "--config", str(tmp_path / "config.yaml"), *settings, "--ckpt_path=last", "--trainer.max_steps=2"])
+
+
+def test_a_message_of_several_lines_is_one(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    shutil.copy(tmp_path / "icons" / "01-rocket.webp", tmp_path / "two")
+    (tmp_path / "two" / "01-rocket.txt").write_text("first line\nsecond line")
+    said = run(f"--data.root={tmp_path / 'two'}")
+    assert said.startswith("model.init_args.tokens: no caption holds the word TOK")
+    assert said.endswith("'first line second line'")
+
+
 def test_wrong_base_for_the_loss(run: Callable[..., str], tiny_edm: Path) -> None:
     assert "noise is UniformTimesteps, but the base is EDM-native" in run(f"--model.pretrained={tiny_edm}")
 

@@ -11,18 +11,25 @@ import torch
 import yaml
 
 from lit_edm.cli import main
+from lit_edm.modules import SDXLModule
 from lit_edm.sdxl import SDXLCheckpoint
 from lit_edm.sdxl.checks import check_loss
+from lit_edm.sdxl.formats import write_diffusers, write_embeddings
+from lit_edm.sdxl.injection import weights_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def command_of(config: Path) -> str:
+    return "predict" if config.stem.startswith("generate") else "fit"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_config_parses_and_loads_back(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def dumped(path: Path) -> str:
         with pytest.raises(SystemExit) as ended:
-            main(["fit", "--config", str(path), "--print_config"])
+            main([command_of(config), "--config", str(path), "--print_config"])
         assert ended.value.code in (0, None), capsys.readouterr().err
         return capsys.readouterr().out
 
@@ -53,9 +60,9 @@ def test_losses_fit_their_bases(tiny: Path, tiny_edm: Path) -> None:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
-    from lit_edm.modules import SDXLModule
-
     for config in CONFIGS:
+        if command_of(config) == "predict":
+            continue
         base = SDXLCheckpoint(str(tiny_edm if config.stem == "playground" else tiny))
         cli = LightningCLI(
             LightningModule,
@@ -137,6 +144,27 @@ def test_the_recipes_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(map(math.isfinite, losses))
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     assert (run / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("name", "base"), [("generate", "tiny"), ("generate_playground", "tiny_edm")])
+def test_prompts_are_rendered(
+    name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """As they are written, but for a tiny base, an adapter of it, tiny pictures and few steps."""
+    monkeypatch.chdir(tmp_path)
+    folder = request.getfixturevalue(base)
+    if name == "generate":
+        module = SDXLModule(str(folder), tokens={"TOK": 2})
+        module.configure_model()
+        weights = weights_of(module.networks(), module.conditioner.new_embeddings())
+        write_diffusers(weights, tmp_path / "runs/sdxl_pivotal/adapter/pytorch_lora_weights.safetensors")
+        write_embeddings(weights, tmp_path / "runs/sdxl_pivotal/adapter/sdxl_pivotal_emb.safetensors")
+    small = ["--model.vae=null", "--model.variant=null", "--data.height=16", "--data.width=16"]
+    short = ["--model.generation.sampler.num_steps=3", "--trainer.accelerator=cpu"]
+    main(["predict", f"--config={ROOT / 'configs' / name}.yaml", f"--model.pretrained={folder}", *small, *short])
+    pictures = sorted(path.name for path in (tmp_path / "runs" / name / "pictures").iterdir())
+    assert len(pictures) == (5 if name == "generate" else 3)
+    assert pictures[-1] == "sheet_00.png"
 
 
 def test_the_digits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

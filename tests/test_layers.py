@@ -65,7 +65,7 @@ def test_rooms_need_no_other_library(place: str) -> None:
 
 def test_only_data_modules_know_lightning() -> None:
     users = {file.name for file, name in imports("lit_edm/data") if name.startswith("lightning")}
-    assert users == {"datamodule.py", "labelled.py"}
+    assert users == {"datamodule.py", "labelled.py", "prompts.py"}
 
 
 def test_no_circles() -> None:

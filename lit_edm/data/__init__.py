@@ -13,6 +13,7 @@ from lit_edm.data.image_folder import ImageFolder, ImageFolderDataModule, Labell
 from lit_edm.data.images import ImageFile, ImageSource
 from lit_edm.data.items import Item
 from lit_edm.data.prior import ClassImages, Prior, TeacherPrior
+from lit_edm.data.prompts import PromptsDataModule
 from lit_edm.data.transforms import SquareCrop
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LabelledImage",
     "Pool",
     "Prior",
+    "PromptsDataModule",
     "SquareCrop",
     "TeacherPrior",
     "TrainingImages",

@@ -1,7 +1,5 @@
 """Fine-tunes SDXL and Playground v2.5. Read this file first: training_step is the flow of the whole package."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,26 +10,37 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lit_edm.batch import Batch, CachesLatents, ClassImageRequest, DescribesImages, NeedsPictures
+from lit_edm.batch import (
+    Batch,
+    CachesLatents,
+    DescribesImages,
+    NeedsPictures,
+)
 from lit_edm.cache import TensorCache
 from lit_edm.edm import (
     Denoise,
     DiffusionLoss,
-    DPMSolverSampler,
     EDMLoss,
-    EDMPreconditioning,
     Preconditioning,
-    Sampler,
     SNRWeighting,
     Target,
     UniformTimesteps,
-    guided,
 )
 from lit_edm.errors import InputError
-from lit_edm.modules.diffusion import DiffusionModule, evaluating, trainable
+from lit_edm.modules.diffusion import trainable
+from lit_edm.modules.generation import Generation, read_files
 from lit_edm.modules.groups import ParameterGroups
-from lit_edm.modules.prior import blank_batch, teacher_target, unit_noise
-from lit_edm.sdxl import Adapter, LatentSpace, LoRA, Placeholders, SDXLCheckpoint, SDXLConditioner, SDXLDenoiser
+from lit_edm.modules.prior import teacher_target
+from lit_edm.modules.rendering import SDXLRenderer
+from lit_edm.sdxl import (
+    Adapter,
+    LatentSpace,
+    LoRA,
+    Placeholders,
+    SDXLCheckpoint,
+    SDXLConditioner,
+    SDXLDenoiser,
+)
 from lit_edm.sdxl.adapters import initial_state
 from lit_edm.sdxl.checks import (
     check_clip_skip,
@@ -44,11 +53,11 @@ from lit_edm.sdxl.checks import (
 )
 
 
-class SDXLModule(DiffusionModule):
+class SDXLModule(SDXLRenderer):
     """Fine-tunes an SDXL-shaped base: the UNet, the text encoders and, by textual inversion, embeddings of new tokens.
 
     Whether the base predicts epsilon, v or EDM's F, its noise schedule and its latents' statistics are read from its
-    configs. The defaults train what SDXL was trained with: plain epsilon-MSE at uniform timesteps.
+    configs.
 
     Args:
         pretrained: Folder or Hub name of an SDXL checkpoint in diffusers' layout.
@@ -62,7 +71,8 @@ class SDXLModule(DiffusionModule):
         clip_skip: Hidden layers of the text encoders to skip from the penultimate one on, as diffusers counts them.
         adapter: Chooses what is trained of the UNet; null trains nothing of it.
         text_encoder_adapter: Chooses what is trained of both text encoders; null trains nothing of them.
-        loss: Scores the denoiser on a batch of latents.
+        loss: Scores the denoiser on a batch of latents; if not given, what the base was trained with: the plain squared
+            error of epsilon or of v at uniform timesteps, or EDM's own.
         preconditioning: What the UNet predicts; read from the base if not given.
         optimizer: Creates the optimizer from parameter groups; AdamW at 1e-4 if not given.
         lr_scheduler: Creates the learning rate schedule, stepped every optimizer step.
@@ -73,6 +83,7 @@ class SDXLModule(DiffusionModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third slower.
         text_cache: Where encoded captions are kept while neither text encoders nor tokens learn, so that the encoders
             leave the device; nowhere if not given.
+        generation: How `lit-edm predict` renders, and what with.
     """
 
     groups: ParameterGroups
@@ -89,7 +100,7 @@ class SDXLModule(DiffusionModule):
         clip_skip: int = 0,
         adapter: Adapter | None = LoRA(),
         text_encoder_adapter: Adapter | None = None,
-        loss: DiffusionLoss = EDMLoss(noise=UniformTimesteps(), weighting=SNRWeighting()),
+        loss: DiffusionLoss | None = None,  # a default's weighting would stay behind when YAML names a noise alone
         preconditioning: Preconditioning | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -99,9 +110,11 @@ class SDXLModule(DiffusionModule):
         text_encoders_weight_decay: float | None = None,
         gradient_checkpointing: bool = False,
         text_cache: TensorCache | None = None,
+        generation: Generation = Generation(),
     ) -> None:
-        super().__init__(loss, optimizer, lr_scheduler)
+        super().__init__(loss or EDMLoss(UniformTimesteps(), SNRWeighting()), optimizer, lr_scheduler)
         self.save_hyperparameters()
+        self.loss_is_given = loss is not None
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint is strict about that
         self.checkpoint = SDXLCheckpoint(pretrained, vae, variant, revision)
         self.placeholders = Placeholders(tokens or {})
@@ -118,20 +131,20 @@ class SDXLModule(DiffusionModule):
         }
         self.gradient_checkpointing = gradient_checkpointing
         self.text_cache = text_cache
+        self.generation = generation
         if unknown := self.initializers.keys() - self.placeholders.counts.keys():
             raise InputError(f"model.init_args.initializers: {unknown.pop()} is not one of model.init_args.tokens")
-        check_what_is_trained(adapter, text_encoder_adapter, tokens, self.group_settings)
 
     def setup(self, stage: str) -> None:
         """Checks everything that can be checked without weights.
 
         Raises:
-            InputError: Base, loss, precision, sizes, captions or tokens do not fit together.
+            InputError: Base, loss, precision, sizes, captions, tokens or files do not fit together, or nothing is to
+                be trained.
         """
         self.network_dtype()
         base = self.checkpoint.preconditioning()
         check_preconditioning(self.preconditioning or base, base)
-        check_loss(self.loss, base, self.sigma_range)
         check_clip_skip(self.clip_skip, self.checkpoint)
         if latent_statistics_differ(self.checkpoint):
             rank_zero_warn(
@@ -139,9 +152,24 @@ class SDXLModule(DiffusionModule):
                 f"{self.checkpoint.pretrained}; the UNet will see latents that it was not trained on"
             )
         images = getattr(self._trainer, "datamodule", None)
+        if stage == "predict":
+            self.files = read_files(self.generation, self.checkpoint, self.placeholders, images)
+            self.fresh = not hasattr(self, "denoiser")
+            return
+        if not self.loss_is_given:
+            self.loss = self.checkpoint.pretraining_loss()
+        check_loss(self.loss, base, self.sigma_range)
+        if stage == "fit":
+            adapters = self.adapter, self.text_encoder_adapter
+            check_what_is_trained(*adapters, self.placeholders.counts, self.group_settings)
         if isinstance(images, DescribesImages) and stage == "fit":
             check_sizes(images.sizes(), self.checkpoint)
             check_teacher(images.needs_teacher, self.adapter, self.text_encoder_adapter)
+            if images.captions_vary and self.text_cache is not None:
+                rank_zero_warn(
+                    "model.init_args.text_cache keeps no captions that data.init_args.shuffle_tags shuffles anew each "
+                    "time; the text encoders encode them in every step, and stay on the device"
+                )
             if absent := self.placeholders.absent_from(images.captions()):
                 raise InputError(
                     f"model.init_args.tokens: no caption holds the word {absent[0]}, so its tokens would learn "
@@ -152,6 +180,8 @@ class SDXLModule(DiffusionModule):
         """Loads the networks, once: Lightning calls this for every stage."""
         if hasattr(self, "denoiser"):
             return
+        if not self.loss_is_given:
+            self.loss = self.checkpoint.pretraining_loss()
         dtype = self.network_dtype()  # of frozen weights; what is trained stays float32
         fragile = self.checkpoint.vae_config().get("force_upcast", True)
         self.latents = LatentSpace(self.checkpoint.load_vae(torch.float32 if fragile else dtype))
@@ -183,6 +213,7 @@ class SDXLModule(DiffusionModule):
 
     def on_fit_start(self) -> None:
         """Has images and captions encoded that training would encode again and again; warns of captions cut off."""
+        self.groups.wake()
         images = getattr(self.trainer, "datamodule", None)
         if isinstance(images, NeedsPictures):
             images.render_missing(self.render_class_images)
@@ -202,6 +233,8 @@ class SDXLModule(DiffusionModule):
         self.conditioner.learning = learns
         if learned and not learns:
             self.keep_texts()
+        elif learns and not learned:
+            self.conditioner.take_back(self.device)
 
     def keep_texts(self) -> None:
         """Has all captions encoded, once and for all, if nothing learns from them any more."""
@@ -227,8 +260,9 @@ class SDXLModule(DiffusionModule):
         return self.latents.sample(batch["moments"] if "moments" in batch else self.moments(batch["image"]))
 
     def denoise(self, batch: Batch) -> Denoise:
-        """Returns D(x; sigma) given the captions and sizes of a batch."""
-        return partial(self.denoiser, conditioning=self.conditioner(batch["caption"], self.time_ids(batch)))
+        """Returns D(x; sigma) given the captions and sizes of a batch; captions are empty where they were dropped."""
+        encode = self.conditioner.with_dropped if self.training else self.conditioner
+        return partial(self.denoiser, conditioning=encode(batch["caption"], self.time_ids(batch)))
 
     def denoise_unconditionally(self, batch: Batch) -> Denoise:
         """Returns D(x; sigma) given the sizes of a batch and no caption, for classifier-free guidance."""
@@ -256,77 +290,6 @@ class SDXLModule(DiffusionModule):
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the pixels (B, 3, H, W), about [-1, 1], of normalised latents (B, C, H / 8, W / 8)."""
         return self.latents.decode(latents)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        batch: Batch,
-        noise: Tensor,
-        sampler: Sampler,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Samples images over the noise levels that the base knows.
-
-        Args:
-            batch: Captions and sizes of the images.
-            noise: What to start from, of unit variance, (B, C, H / 8, W / 8).
-            sampler: Follows the noise levels down.
-            guidance_scale: Strength of classifier-free guidance; 1 is none.
-            guidance_interval: Noise levels between which there is guidance; all if not given.
-            generator: Source of noise that the sampler adds on the way, if it adds any.
-
-        Returns:
-            Pixels (B, 3, H, W), about [-1, 1].
-        """
-        with evaluating(self):
-            denoise = self.denoise(batch)
-            if guidance_scale != 1:
-                interval = guidance_interval or ()
-                denoise = guided(denoise, self.denoise_unconditionally(batch), guidance_scale, *interval)
-            return self.decode(sampler(denoise, noise, *self.sigma_range, generator))
-
-    def render_class_images(self, requests: list[ClassImageRequest]) -> Tensor:
-        """Has the untouched base draw class images of one size; returns pixels (B, 3, H, W), about [-1, 1].
-
-        In 30 steps of DPM-Solver++(2M) with the guidance that is usual for the base: 5 for SDXL, 3 for Playground v2.5.
-        """
-        size = requests[0]["size"]
-        batch = blank_batch([request["prompt"] for request in requests], size, self.device)
-        noise = unit_noise([request["seed"] for request in requests], self.latents.shape(*size), self.device)
-        guidance_scale = 3.0 if isinstance(self.denoiser.preconditioning, EDMPreconditioning) else 5.0
-        started = self.trainer.ckpt_path is not None  # else the networks still compute what the base does
-        with self.untouched() if started else nullcontext(), self.trainer.precision_plugin.forward_context():
-            return self.sample(batch, noise, DPMSolverSampler(30), guidance_scale)
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Lets UNet and text encoders compute what those of the base do."""
-        with ExitStack() as stack:
-            if self.adapter is not None:
-                stack.enter_context(self.adapter.disabled(self.denoiser.unet))
-            stack.enter_context(self.conditioner.without_adapter())
-            yield
-
-    def time_ids(self, batch: Batch) -> Tensor:
-        """Concatenates original size, crop and target size, each height or top first, to SDXL's conditioning (B, 6)."""
-        original_size, crop_top_left = batch["original_size"], batch["crop_top_left"]
-        height, width = (torch.full_like(original_size[:, :1], side) for side in self.size_of(batch))
-        return torch.cat([original_size, crop_top_left, height, width], dim=1)
-
-    def size_of(self, batch: Batch) -> tuple[int, int]:
-        """Returns the height and width of a batch's images in pixels, which moments tell too."""
-        if "image" in batch:
-            height, width = batch["image"].shape[-2:]
-            return height, width
-        height, width = batch["moments"].shape[-2:]
-        return self.latents.factor * height, self.latents.factor * width
-
-    @property
-    def sigma_range(self) -> tuple[float, float]:
-        """The smallest and the largest noise level that the base knows."""
-        return self.checkpoint.sigma_range()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Returns what is trained, by the names that callbacks know: unet, text_encoders, embeddings."""

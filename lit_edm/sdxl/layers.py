@@ -56,3 +56,16 @@ def is_text_encoder(network: nn.Module) -> bool:
 def adapter_key(network: nn.Module) -> str:
     """Returns the key of the config under which the adapter of a network is given."""
     return f"model.init_args.{'text_encoder_adapter' if is_text_encoder(network) else 'adapter'}"
+
+
+def network_name(network: nn.Module) -> str:
+    """Returns what a pipeline calls a network: unet, text_encoder, or text_encoder_2, whose features are projected."""
+    if not is_text_encoder(network):
+        return "unet"
+    return "text_encoder_2" if hasattr(network, "text_projection") else "text_encoder"
+
+
+def published_name(network: nn.Module, name: str) -> str:
+    """Returns the name that published files have for a layer: transformers 5 has flattened the first text encoder."""
+    flattened = is_text_encoder(network) and not hasattr(network, "text_model")
+    return f"text_model.{name}" if flattened else name

@@ -3,7 +3,7 @@
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -77,20 +77,9 @@ class LowRankAdapter(Adapter):
             inject_adapter_in_model(self.peft_config(sizes), network)
             train_in_float32(parameter for parameter in network.parameters() if parameter.requires_grad)
 
-    @contextmanager
-    def disabled(self, network: nn.Module) -> Iterator[None]:
+    def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
         """Leaves out the updates, as long as the context is open."""
-        layers = [layer for layer in updated_layers(network).values() if not layer.disable_adapters]
-        trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-            for parameter, requires_grad in trained:  # which peft has set as it sees fit
-                parameter.requires_grad_(requires_grad)
+        return without_updates(network)
 
     def sizes(self, network: nn.Module, without: Sequence[str] = ()) -> dict[str, Size]:
         """Returns the size of the update of each layer that has one."""
@@ -124,6 +113,22 @@ def updated_layers(network: nn.Module) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+@contextmanager
+def without_updates(network: nn.Module) -> Iterator[None]:
+    """Lets a network compute without the updates of its layers, as long as the context is open."""
+    layers = [layer for layer in updated_layers(network).values() if not layer.disable_adapters]
+    trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trained:  # which peft has set as it sees fit
+            parameter.requires_grad_(requires_grad)
 
 
 def patterns(sizes: Mapping[str, Size]) -> dict[str, Any]:

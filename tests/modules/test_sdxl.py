@@ -314,6 +314,13 @@ class TestSetup:
             warnings.simplefilter("error")
             SDXLModule(str(tiny_edm), loss=EDMLoss()).setup("validate")
 
+    def test_captions_that_vary_are_not_kept(self, tiny: Path, icons: Path) -> None:
+        module = module_of(tiny, text_cache=MemoryCache())
+        with pytest.warns(UserWarning, match=r"text_cache keeps no captions that data\.init_args\.shuffle_tags"):
+            trainer_of(FreezeEmbeddings(0.5)).fit(module, data_of(icons, shuffle_tags=True))
+        assert module.conditioner._learned is not None
+        assert module.conditioner._learned.cache.kept == {}  # type: ignore[attr-defined]
+
     def test_captions_that_are_cut_off_warn(self, tiny: Path, icons: Path, tmp_path: Path) -> None:
         (tmp_path / "rocket.webp").write_bytes((icons / "01-rocket.webp").read_bytes())
         fits = "TOK " + "a" * 73  # with <s0><s1>, a token a letter: 75

@@ -3,10 +3,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,13 +15,18 @@ from lit_edm.edm import guided, karras_sigmas, sample_euler
 from lit_edm.modules import SDXLModule
 from lit_edm.modules.prior import blank_batch
 from lit_edm.sdxl import DoRA, FullFinetune, LoCon, LoHa, LoKr, LoRA, SDXLCheckpoint
-from lit_edm.sdxl.card import AdapterFolder, as_cell
-from lit_edm.sdxl.export import LORA_FILE, Exported, export, lora_state_dict, lycoris_state_dict, save_embeddings
+from lit_edm.sdxl.card import AdapterFolder
+from lit_edm.sdxl.export import LORA_FILE, Exported, Format, export
+from lit_edm.sdxl.formats import write_embeddings, write_merged
+from lit_edm.sdxl.formats.writing import diffusers_tensors, loras_of
+from lit_edm.sdxl.injection import weights_of
 from lit_edm.sdxl.low_rank import updated_layers
+from lit_edm.sdxl.updates import AdapterWeights
 
 PROMPT = "a 3d icon in the style of TOK, a red apple"
 SIGMAS = karras_sigmas(6, 0.03, 14.6)
 SIDE, SCALE = 16, 3.0
+LAYERS = ("to_q", "ff.net.2", "conv1", "conv_shortcut")
 
 
 ADAPTERS: dict[str, Any] = {
@@ -55,10 +58,12 @@ def networks_of(module: SDXLModule) -> dict[str, nn.Module]:
     return {"unet": module.denoiser.unet, "text_encoder": first, "text_encoder_2": second}
 
 
+def lora_tensors(network: nn.Module, name: str = "unet") -> dict[str, Tensor]:
+    return diffusers_tensors(loras_of(weights_of({name: network})))
+
+
 def described(module: SDXLModule, folder: Path) -> AdapterFolder:
-    exported = export(networks_of(module), folder, "x")
-    if embeddings := module.conditioner.new_embeddings():
-        save_embeddings(embeddings, folder / "x_emb.safetensors")
+    exported = export(networks_of(module), folder, "x", module.conditioner.new_embeddings(), module.placeholders.counts)
     return AdapterFolder(
         folder=folder,
         checkpoint=module.checkpoint,
@@ -147,7 +152,7 @@ def test_a_fresh_pipeline_encodes_the_same_prompt(
     assert largest_difference(module, files.usage()) < 1e-4
     without_tokens = files.usage().replace("_emb.safetensors", "_emb0.safetensors")
     zeros = {name: torch.zeros_like(rows) for name, rows in load_file(files.folder / "x_emb.safetensors").items()}
-    save_embeddings(zeros, files.folder / "x_emb0.safetensors")
+    write_embeddings(AdapterWeights({}, zeros), files.folder / "x_emb0.safetensors")
     assert largest_difference(module, without_tokens) > 1e-3, "the tokens would change nothing"
 
 
@@ -157,7 +162,7 @@ def test_lora_file_holds_the_whole_update(tiny: Path, init: Any) -> None:
     LoRA(rank=3, alpha=6.0, ranks={"mid_block": 5}, init=init)(unet)
     for layer in updated_layers(unet).values():
         nn.init.normal_(layer.lora_B["default"].weight)
-    weights = lora_state_dict(unet)
+    weights = lora_tensors(unet)
     names = {name.removeprefix("unet.").rsplit(".lora_", 1)[0] for name in weights}
     assert names == updated_layers(unet).keys()
     assert len(weights) == 2 * len(names)
@@ -173,65 +178,149 @@ def test_lora_names_are_those_that_old_and_new_versions_read(tiny: Path) -> None
     for encoder, prefix in ((first, "text_encoder"), (second, "text_encoder_2")):
         DoRA(target_modules=("q_proj",))(encoder)
         layer = f"{prefix}.text_model.encoder.layers.0.self_attn.q_proj"
-        names = {name for name in lora_state_dict(encoder, prefix) if name.startswith(layer)}
+        names = {name for name in lora_tensors(encoder, prefix) if name.startswith(layer)}
         assert names == {f"{layer}.{n}.weight" for n in ("lora_A", "lora_B", "lora_magnitude_vector")}
 
 
-def updates_by_kohya_name(path: Path) -> dict[str, Tensor]:
-    """Reads a LyCORIS file as the programs around it do."""
+def deltas_of_diffusers(path: Path) -> dict[str, Tensor]:
+    """Reads what diffusers' format says: W + B A, by network and layer, and DoRA's magnitudes."""
+    tensors = load_file(path)
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    found = {}
+    for name in names:
+        a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
+        found[name] = torch.einsum("or,ri...->oi...", b.flatten(1), a)
+        for suffix in ("", ".weight"):
+            if (key := f"{name}.lora_magnitude_vector{suffix}") in tensors:
+                found[f"{name}.magnitude"] = tensors.pop(key).flatten()
+    assert not tensors
+    return found
+
+
+def deltas_of_kohya(path: Path) -> dict[str, Tensor]:
+    """Reads a file as the programs around kohya's scripts and LyCORIS do: W + alpha / rank times a product."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(path).items():
         layer, _, factor = key.partition(".")
         layers.setdefault(layer, {})[factor] = value
-    updates = {}
+    found = {}
     for layer, factors in layers.items():
-        if "hada_w1_a" in factors:
-            rank = len(factors["hada_w1_b"])
+        alpha = factors.pop("alpha")
+        if "lora_up.weight" in factors:
+            down, up = factors["lora_down.weight"], factors["lora_up.weight"]
+            found[layer] = alpha / len(down) * torch.einsum("or,ri...->oi...", up.flatten(1), down)
+            if "dora_scale" in factors:
+                assert factors["dora_scale"].shape == (len(up), 1)
+                found[f"{layer}.magnitude"] = factors["dora_scale"].flatten()
+        elif "hada_w1_a" in factors:
             first, second = (factors[f"hada_w{n}_a"] @ factors[f"hada_w{n}_b"] for n in (1, 2))
-            updates[layer] = factors["alpha"] / rank * first * second
-            continue
-        ranks = [len(factors[f"lokr_w{n}_b"]) for n in (1, 2) if f"lokr_w{n}_b" in factors]
-        scale = factors["alpha"] / ranks[0] if ranks else 1.0
-        first, second = (
-            factors[f"lokr_w{n}"] if f"lokr_w{n}" in factors else factors[f"lokr_w{n}_a"] @ factors[f"lokr_w{n}_b"]
-            for n in (1, 2)
-        )
-        first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
-        updates[layer] = scale * torch.kron(first, second)
-    return updates
+            found[layer] = alpha / len(factors["hada_w1_b"]) * first * second
+        else:
+            ranks = [len(factors[f"lokr_w{n}_b"]) for n in (1, 2) if f"lokr_w{n}_b" in factors]
+            scale = alpha / ranks[0] if ranks else 1.0
+            first, second = (
+                factors[f"lokr_w{n}"] if f"lokr_w{n}" in factors else factors[f"lokr_w{n}_a"] @ factors[f"lokr_w{n}_b"]
+                for n in (1, 2)
+            )
+            found[layer] = scale * torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+    return found
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        LoHa(rank=3, alpha=6.0),
-        LoHa(rank=2, ranks={"*.0": 4}),
-        LoKr(rank=1, alpha=3.0, factor=2),
-        LoKr(rank=50, alpha=3.0),  # nothing of low rank
-    ],
-    ids=str,
-)
-def test_lycoris_files_hold_the_whole_update(tiny: Path, tmp_path: Path, adapter: Any) -> None:
-    of_unet = replace(adapter, target_modules=("to_q", "ff.net.2", "conv1", "conv_shortcut"))
-    module = trained_module(tiny, of_unet, text_encoder_adapter=adapter)
-    exported = export(networks_of(module), tmp_path, "x")
-    assert exported == Exported((), ("unet", "text_encoder", "text_encoder_2"), (), "x_lycoris.safetensors")
-    updates = updates_by_kohya_name(tmp_path / exported.lycoris_file)
-    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in updates
-    base = trained_module(tiny, of_unet, text_encoder_adapter=adapter)
-    base.load_state_dict(module.state_dict())
-    prefixes = ("lora_unet_", "lora_te1_text_model_", "lora_te2_")
-    for prefix, network in zip(prefixes, networks_of(base).values(), strict=True):
+def deltas_of_module(module: SDXLModule) -> dict[str, Tensor]:
+    """What the layers of peft add to their weights, by network and layer: the products, DoRA's norms apart."""
+    found = {}
+    for prefix, network in networks_of(module).items():
         for name, layer in updated_layers(network).items():
-            update = updates.pop(prefix + name.replace(".", "_"))
-            layer.get_base_layer().weight.data += update.reshape(layer.get_base_layer().weight.shape)
-    assert not updates
-    noise = torch.randn(1, *module.latents.shape(SIDE, SIDE), generator=torch.Generator().manual_seed(0))
-    ours = rendered_by_module(module, noise)
-    with base.untouched():
-        assert (ours - rendered_by_module(base, noise)).abs().max() < 1e-4
-    with module.untouched():
-        assert (ours - rendered_by_module(module, noise)).abs().max() > 1e-3
+            key = f"{prefix}.{'text_model.' if prefix == 'text_encoder' else ''}{name}"
+            if "default" in getattr(layer, "lora_magnitude_vector", {}):
+                found[f"{key}.magnitude"] = layer.lora_magnitude_vector["default"].weight.flatten()
+            found[key] = layer.get_delta_weight("default")
+            if (initial := getattr(layer, "initial", None)) is not None:
+                found[key] = found[key] - initial.b @ initial.a
+    return {name: value.detach() for name, value in found.items()}
+
+
+def kohya_name(name: str) -> str:
+    for ours, theirs in {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}.items():
+        if name.startswith(f"{ours}."):
+            layer, magnitude, _ = name.removeprefix(f"{ours}.").partition(".magnitude")
+            return f"{theirs}_{layer.replace('.', '_')}{magnitude}"
+    raise AssertionError(name)
+
+
+ALL = {name: adapter for name, adapter in ADAPTERS.items() if name != "full"} | {
+    "loha": LoHa(rank=3, alpha=6.0, target_modules=LAYERS),
+    "loha_ranks": LoHa(rank=2, ranks={"*.0": 4}, target_modules=LAYERS),
+    "lokr": LoKr(rank=1, alpha=3.0, factor=2, target_modules=LAYERS),
+    "lokr_full": LoKr(rank=50, alpha=3.0, target_modules=LAYERS),
+}
+FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "bundled")
+
+
+@pytest.mark.parametrize("texts", [False, True], ids=["unet", "unet_and_text_encoders"])
+@pytest.mark.parametrize("adapter", ALL.values(), ids=ALL)
+def test_every_format_holds_the_whole_update(tiny: Path, tmp_path: Path, adapter: Any, texts: bool) -> None:
+    of_texts = replace(adapter, target_modules=None) if texts else None
+    module = trained_module(tiny, adapter, text_encoder_adapter=of_texts)
+    embeddings = module.conditioner.new_embeddings()
+    exported = export(networks_of(module), tmp_path, "x", embeddings, module.placeholders.counts, FORMATS)
+    networks = ("unet", "text_encoder", "text_encoder_2") if texts else ("unet",)
+    of_lycoris = isinstance(adapter, LoHa | LoKr)
+    assert (exported.lora, exported.lycoris) == (((), networks) if of_lycoris else (networks, ()))
+    assert exported.others.keys() == {"x.safetensors", "x_bundled.safetensors"}
+    wanted = deltas_of_module(module)
+    files = {} if of_lycoris else {LORA_FILE: (deltas_of_diffusers(tmp_path / LORA_FILE), wanted)}
+    bundle = load_file(tmp_path / "x_bundled.safetensors")
+    for encoder, rows in embeddings.items():
+        assert bundle.pop(f"bundle_emb.TOK.{encoder}").equal(rows)
+    assert all(value.equal(bundle.pop(key)) for key, value in load_file(tmp_path / "x.safetensors").items())
+    assert not bundle
+    named = {kohya_name(name): value for name, value in wanted.items()}
+    files["x.safetensors"] = deltas_of_kohya(tmp_path / "x.safetensors"), named
+    for found, expected in files.values():
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name].reshape(value.shape), value, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", ALL.values(), ids=ALL)
+def test_a_merged_checkpoint_renders_the_same_picture(tiny: Path, tmp_path: Path, adapter: Any) -> None:
+    module = trained_module(tiny, adapter, text_encoder_adapter=replace(adapter, target_modules=None))
+    weights = weights_of(networks_of(module), module.conditioner.new_embeddings(), module.placeholders.counts)
+    merged = write_merged(module.checkpoint, weights, tmp_path / "merged")
+    usage = f"from diffusers import StableDiffusionXLPipeline as P\npipe = P.from_pretrained({str(merged)!r})\n"
+    assert largest_difference(module, usage) < 1e-4
+
+
+@pytest.mark.parametrize("texts", [False, True], ids=["unet", "unet_and_text_encoders"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "pissa", "ranks"])
+def test_diffusers_renders_the_same_picture_with_kohyas_file(
+    tiny: Path, tmp_path: Path, kind: str, texts: bool
+) -> None:
+    adapter = replace(ADAPTERS[kind], target_modules=("to_q", "to_k", "to_v", "to_out.0"))
+    of_texts = replace(adapter, target_modules=None) if texts else None
+    module = trained_module(tiny, adapter, text_encoder_adapter=of_texts)
+    embeddings = module.conditioner.new_embeddings()
+    exported = export(networks_of(module), tmp_path, "x", embeddings, module.placeholders.counts, ("kohya",))
+    assert exported == Exported((), exported.lycoris, (), "x.safetensors", exported.others)
+    files = replace(described(module, tmp_path / "other"), folder=tmp_path)
+    usage = files.usage().replace(LORA_FILE, "x.safetensors")
+    assert largest_difference(module, usage) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision(tiny: Path, tmp_path: Path, precision: Any) -> None:
+    module = trained_module(tiny, text_encoder_adapter=FullFinetune())
+    embeddings = module.conditioner.new_embeddings()
+    export(networks_of(module), tmp_path, "x", embeddings, {"TOK": 2}, FORMATS, precision)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    for path in tmp_path.rglob("*.safetensors"):
+        values = {name: value for name, value in load_file(path).items() if not name.endswith(".alpha")}
+        assert {value.dtype for value in values.values()} == {dtype}, path
+    assert CLIPTextModel.from_pretrained(tmp_path / "text_encoder").dtype == dtype
+    for name, value in deltas_of_module(module).items():
+        found = deltas_of_diffusers(tmp_path / LORA_FILE)[name].float()
+        torch.testing.assert_close(found, value, atol=0.05, rtol=0.05)
 
 
 def test_whole_networks_are_published_in_float32_and_under_published_names(tiny: Path, tmp_path: Path) -> None:
@@ -257,7 +346,7 @@ def test_nothing_trained_leaves_no_file(tiny: Path, tmp_path: Path) -> None:
     module = trained_module(tiny, None)
     assert export(networks_of(module), tmp_path, "x") == Exported((), (), (), "x_lycoris.safetensors")
     assert not list(tmp_path.iterdir())
-    assert lora_state_dict(module.denoiser.unet) == lycoris_state_dict(module.denoiser.unet) == {}
+    assert weights_of(networks_of(module)) == AdapterWeights({})
 
 
 def test_files_are_float32_and_named_as_diffusers_looks_for_them(tiny: Path, tmp_path: Path) -> None:
@@ -270,44 +359,3 @@ def test_files_are_float32_and_named_as_diffusers_looks_for_them(tiny: Path, tmp
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
         with safe_open(path, "pt") as file:
             assert file.metadata()["format"] == "pt"
-
-
-class TestCard:
-    def test_names_base_words_pictures_and_config(self, tiny: Path, tmp_path: Path) -> None:
-        files = described(trained_module(tiny), tmp_path / "icons")
-        card = replace(files, prompts=["a <s0><s1> | *x*"], pictures=["sample_00.png"], config="a: 1").card()
-        header, body = card.split("---\n")[1], card.split("---\n", 2)[2]
-        data = yaml.safe_load(header)
-        assert data["base_model"] == str(tiny)
-        assert data["instance_prompt"] == "a <s0><s1> | *x*"
-        assert data["widget"] == [{"text": "a <s0><s1> | *x*", "output": {"url": "sample_00.png"}}]
-        assert {"lora", "template:sd-lora"} < set(data["tags"])
-        assert f"LoRA (unet), new tokens for `{tiny}`" in body
-        assert "- write `<s0><s1>` where the captions had `TOK`" in body
-        assert r"| a \<s0\>\<s1\> \| \*x\* | ![](sample_00.png) |" in body
-        assert f"```python\n{files.usage().splitlines()[0]}" in body
-        assert "```yaml\na: 1\n```" in body
-
-    def test_usage_without_tokens_and_with_another_vae(self, tiny: Path, tmp_path: Path) -> None:
-        module = trained_module(tiny, vae=str(tiny / "vae"), tokens=None)
-        files = described(module, tmp_path)
-        assert "load_textual_inversion" not in files.usage()
-        pipe = pipeline_by(files.usage())
-        assert np.isfinite(pipe("an apple", num_inference_steps=1, height=16, width=16, output_type="np").images).all()
-
-    def test_says_which_programs_read_lycoris(self, tiny: Path, tmp_path: Path) -> None:
-        files = described(trained_module(tiny, LoKr(rank=2)), tmp_path)
-        card = files.card()
-        assert "`x_lycoris.safetensors` has the layout of LyCORIS: ComfyUI" in card
-        assert "`x_emb.safetensors` has the new tokens" in card
-        assert "```python" not in card
-        assert {"lycoris"} == {"lora", "lycoris", "template:sd-lora"} & set(
-            yaml.safe_load(card.split("---\n")[1])["tags"]
-        )
-
-    def test_names_what_each_network_has(self, tiny: Path, tmp_path: Path) -> None:
-        files = described(trained_module(tiny, text_encoder_adapter=FullFinetune(), tokens=None), tmp_path)
-        assert f"LoRA (unet), weights (text_encoder, text_encoder_2) for `{tiny}`" in files.card()
-
-    def test_prompts_cannot_break_the_table(self) -> None:
-        assert as_cell("a | b\n# c <img>") == r"a \| b \# c \<img\>"

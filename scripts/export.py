@@ -1,0 +1,33 @@
+"""Writes a run's checkpoint, or an adapter, in other formats: `python scripts/export.py last.ckpt my_style`.
+
+With `--base`, writes a whole checkpoint with the adapter in it, in place of an adapter:
+`python scripts/export.py my_style.safetensors merged --base stabilityai/stable-diffusion-xl-base-1.0`.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from lit_edm.errors import InputError
+from lit_edm.modules.convert import convert
+from lit_edm.sdxl.export import Format
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Takes the settings of convert from the command line, and tells what was written."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_function_arguments(convert, as_positional=True, skip={"formats"})
+    parser.add_argument("--formats", nargs="+", type=Format, default=["diffusers"], help="Layouts of the adapter.")
+    settings = parser.parse_args(args)
+    try:
+        written = convert(**settings.as_dict())
+    except InputError as error:
+        sys.exit(f"export.py: error: {error}")
+    print("\n".join(str(path) for path in sorted(settings.output.iterdir())))
+    if written and written.lycoris and "diffusers" in settings.formats:
+        print(f"Diffusers does not read the updates of {', '.join(written.lycoris)}; see {written.lycoris_file}.")
+
+
+if __name__ == "__main__":
+    main()
