@@ -51,6 +51,7 @@ from lit_edm.sdxl.checks import (
     check_what_is_trained,
     latent_statistics_differ,
 )
+from lit_edm.sdxl.from_file import start_embeddings
 
 
 class SDXLModule(SDXLRenderer):
@@ -66,6 +67,7 @@ class SDXLModule(SDXLRenderer):
         revision: Branch, tag or commit on the Hub.
         tokens: For each placeholder in captions the number of new tokens it stands for: {TOK: 2} gives <s0><s1>.
         initializers: For a placeholder, words that its tokens start from; without, they start at random.
+        embeddings: File or folder that all tokens' embeddings start from in place of words, as SaveAdapter writes it.
         pool_at_end: Pool the second encoder at the end of text. False keeps the rule of SDXL's config, which pools at
             the last new token instead, and needs no extra line when the files are used elsewhere.
         clip_skip: Hidden layers of the text encoders to skip from the penultimate one on, as diffusers counts them.
@@ -96,6 +98,7 @@ class SDXLModule(SDXLRenderer):
         revision: str | None = None,
         tokens: dict[str, int] | None = None,
         initializers: dict[str, str] | None = None,
+        embeddings: str | None = None,
         pool_at_end: bool = True,
         clip_skip: int = 0,
         adapter: Adapter | None = LoRA(),
@@ -119,6 +122,7 @@ class SDXLModule(SDXLRenderer):
         self.checkpoint = SDXLCheckpoint(pretrained, vae, variant, revision)
         self.placeholders = Placeholders(tokens or {})
         self.initializers = initializers or {}
+        self.embeddings = embeddings
         self.pool_at_end = pool_at_end
         self.clip_skip = clip_skip
         self.adapter = adapter
@@ -134,6 +138,11 @@ class SDXLModule(SDXLRenderer):
         self.generation = generation
         if unknown := self.initializers.keys() - self.placeholders.counts.keys():
             raise InputError(f"model.init_args.initializers: {unknown.pop()} is not one of model.init_args.tokens")
+        if embeddings is not None and (initializers or not tokens):
+            raise InputError(
+                f"model.init_args.embeddings: {embeddings} is where all tokens start; give model.init_args.tokens, "
+                "and no initializers"
+            )
 
     def setup(self, stage: str) -> None:
         """Checks everything that can be checked without weights.
@@ -195,6 +204,8 @@ class SDXLModule(SDXLRenderer):
             self.text_encoder_adapter,
             self.text_cache,
         )
+        if self.embeddings is not None:
+            start_embeddings(self.embeddings, self.conditioner.new_embeddings())
         unet = self.checkpoint.load_unet(dtype)
         if self.adapter is not None:
             self.adapter(unet)

@@ -1,10 +1,11 @@
 """Goes on with what has been trained before, by this package or another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lit_edm.errors import InputError
@@ -47,3 +48,25 @@ class FromFile(Adapter):
     def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
         """Leaves out the updates, as long as the context is open."""
         return without_updates(network)
+
+
+@torch.no_grad()
+def start_embeddings(path: str, rows: Mapping[str, nn.Parameter]) -> None:
+    """Lets new tokens' embeddings start from those of a file.
+
+    Args:
+        path: File or folder with embeddings, apart or bundled with an adapter.
+        rows: The embeddings, clip_l (N, D1) and clip_g (N, D2), in place.
+
+    Raises:
+        InputError: The file cannot be read, has no embeddings, others than there are tokens, or those of another base.
+    """
+    found = read_adapter(Path(path).expanduser()).embeddings
+    for name, values in rows.items():
+        shape = tuple(found[name].shape) if name in found else "missing"
+        if shape != tuple(values.shape):
+            raise InputError(
+                f"model.init_args.embeddings: {path}: {name} is {shape}, but model.init_args.tokens and the base want "
+                f"{tuple(values.shape)} (tokens, values of each); name a file of as many tokens and of this base"
+            )
+        values.copy_(found[name])

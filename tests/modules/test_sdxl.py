@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from PIL import Image
 from prodigyopt import Prodigy
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from lit_edm.batch import Batch, ClassImageRequest
@@ -617,3 +618,32 @@ def test_without_a_loss_a_base_is_trained_as_it_was(base: str, loss: EDMLoss, re
     again = module_of(request.getfixturevalue(base))
     again.configure_model()
     assert again.loss == loss
+
+
+class TestEmbeddingsOfAFile:
+    def test_are_where_tokens_start(self, tiny: Path, tmp_path: Path) -> None:
+        rows = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}
+        save_file(rows, tmp_path / "x_emb.safetensors")
+        module = module_of(tiny, embeddings=str(tmp_path / "x_emb.safetensors"))
+        module.configure_model()
+        started = module.conditioner.new_embeddings()
+        assert all(started[name].equal(values) for name, values in rows.items())
+        assert all(parameter.requires_grad for parameter in started.values())
+
+    @pytest.mark.parametrize(
+        ("rows", "said"),
+        [
+            ({"clip_l": torch.zeros(1, 32), "clip_g": torch.zeros(1, 48)}, r"clip_l is \(1, 32\), .* want \(2, 32\)"),
+            ({"clip_l": torch.zeros(2, 32), "clip_g": torch.zeros(2, 40)}, r"clip_g is \(2, 40\), .* want \(2, 48\)"),
+        ],
+    )
+    def test_that_do_not_fit(self, tiny: Path, tmp_path: Path, rows: dict[str, torch.Tensor], said: str) -> None:
+        save_file(rows, tmp_path / "x_emb.safetensors")
+        module = module_of(tiny, embeddings=str(tmp_path / "x_emb.safetensors"))
+        with pytest.raises(InputError, match=said):
+            module.configure_model()
+
+    def test_beside_other_starts(self, tiny: Path) -> None:
+        for settings in ({"initializers": {"TOK": "icon"}, "tokens": {"TOK": 2}}, {"tokens": None}):
+            with pytest.raises(InputError, match=r"model\.init_args\.embeddings: x is where all tokens start"):
+                SDXLModule(str(tiny), embeddings="x", **settings)
