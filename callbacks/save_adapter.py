@@ -120,8 +120,7 @@ class SaveAdapter(Callback):
         Returns:
             What was written.
         """
-        first, second = module.conditioner.encoders
-        networks = {"unet": module.denoiser.unet, "text_encoder": first, "text_encoder_2": second}
+        networks = module.networks()
         with averaged(trainer, module):
             embeddings, tokens = module.conditioner.new_embeddings(), module.placeholders.counts
             exported = export(networks, folder, self.name, embeddings, tokens, self.formats, self.precision)

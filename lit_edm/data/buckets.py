@@ -22,7 +22,7 @@ class AspectBuckets:
     appendix I).
 
     Args:
-        step: What heights and widths are multiples of, in pixels; itself a multiple of 8, the VAE's factor.
+        step: What heights and widths are multiples of, in pixels; itself a multiple of the VAE's factor, 8 of SDXL's.
         max_aspect: Largest ratio of the long side to the short one; longer images are cropped to it.
     """
 

@@ -1,8 +1,12 @@
 """What is learned from which images, and what an epoch is made of."""
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import permutations
+from math import ceil
 from pathlib import Path
 
 from lit_edm.data.buckets import Size, nearest
@@ -10,9 +14,12 @@ from lit_edm.data.captions import CaptionRules
 from lit_edm.data.draws import Pool, pools_by_size
 from lit_edm.data.folder import CaptionedImage, find_captioned_images
 from lit_edm.data.hub import load_captioned_images
+from lit_edm.data.images import is_hidden
 from lit_edm.data.items import Item
 from lit_edm.data.prior import Prior
 from lit_edm.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Concept:
             raise InputError(f"{where}: {said} given: name a folder as root, or a data set as dataset")
         if self.repeats < 1:
             raise InputError(f"{where}.repeats is {self.repeats}: give at least 1")
-        if self.prior is not None and self.prior.weight < 0:
-            raise InputError(f"{where}.prior.init_args.weight is {self.prior.weight}: give at least 0")
+        if self.prior is not None:
+            self.prior.check(f"{where}.prior.init_args")
 
     def find(self) -> list[CaptionedImage]:
         """Returns the images."""
@@ -82,6 +89,24 @@ def one_or_several(one: Concept, several: Sequence[Concept] | None) -> Sequence[
     return several
 
 
+def check_apart(concepts: Sequence[Concept]) -> None:
+    """Raises InputError if images of one folder would be taken for those of another that it lies in.
+
+    Concepts may have a folder in common, to learn it under two captions, and so may their classes.
+    """
+    roots = {Path(concept.root).expanduser().resolve() for concept in concepts if concept.root is not None}
+    priors = [concept.prior for concept in concepts if concept.prior is not None]
+    classes = {prior.folder.resolve() for prior in priors if prior.folder is not None}
+    if both := sorted(roots & classes):
+        raise InputError(f"{both[0]} is the root both of a concept and of a prior: give the prior another folder")
+    for inner, outer in permutations(sorted(roots | classes), 2):
+        if inner.is_relative_to(outer) and not is_hidden(inner, outer):
+            raise InputError(
+                f"{inner} lies in {outer}, whose images would include its own: move it, for the roots of concepts and "
+                "of priors have to lie apart"
+            )
+
+
 @dataclass(frozen=True)
 class Epoch:
     """All that an epoch shows.
@@ -100,6 +125,20 @@ class Epoch:
         self.items.extend(items)
         self.pools.extend(pools_by_size(numbers, [item.size for item in items], draws, weight))
 
+    def warn_of_small_batches(self, batch_size: int) -> None:
+        """Warns if there are sizes of which an epoch shows less than a batch."""
+        draws = Counter[Size]()
+        for pool in self.pools:
+            draws[pool.size] += ceil(pool.draws)
+        small = [size for size, count in draws.items() if count < batch_size]
+        if small:
+            height, width = fewest = min(small, key=lambda size: draws[size])
+            logger.warning(
+                "%d of %d shapes make no full batch of %d images in an epoch, the least %d of %d x %d px: their images "
+                "count for more; raise data.init_args.buckets.step or lower data.init_args.batch_size",
+                *(len(small), len(draws), batch_size, draws[fewest], height, width),
+            )
+
 
 def plan_epoch(concepts: Sequence[Concept], sizes: Sequence[Size], rules: CaptionRules) -> Epoch:
     """Finds the images of concepts and of their classes, and checks that each can be read.
@@ -109,6 +148,7 @@ def plan_epoch(concepts: Sequence[Concept], sizes: Sequence[Size], rules: Captio
         sizes: Sizes that training images may have.
         rules: How captions of concepts are changed; those of classes are not.
     """
+    check_apart(concepts)
     epoch, square = Epoch([], []), nearest((1, 1), sizes)
     for concept in concepts:
         instances = concept.find()

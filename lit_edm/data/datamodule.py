@@ -19,8 +19,9 @@ from lit_edm.data.draws import EpochBatches
 from lit_edm.data.images import ImageFile
 from lit_edm.data.items import Item
 from lit_edm.data.latents import LatentStore
-from lit_edm.data.loading import ResumableLoader, check_least, loading, make_loader, next_batch
-from lit_edm.data.prior import Prior, render_missing
+from lit_edm.data.loading import ResumableLoader, check_least, make_loader, next_batch
+from lit_edm.data.prior import Prior
+from lit_edm.data.rendered import render_missing
 from lit_edm.data.team import Team
 from lit_edm.data.transforms import RandomViews
 from lit_edm.errors import InputError
@@ -47,15 +48,16 @@ class CaptionedImagesDataModule(LightningDataModule):
         instance_prompt: Caption of images without one of their own.
         repeats: Times each image is seen in an epoch.
         prior: What keeps the class of the images as the base knows it: class images or the base as a teacher, of which
-            an epoch shows as many as of the images; nothing if not given.
+            an epoch shows as many as of the images, and so does a batch where their shapes agree; nothing if not given.
         concepts: Several kinds of images, each with all of the settings above, in place of these.
         caption_prefix: Words before every caption, with a space between; not before those of class images.
-        caption_dropout: Share of captions, in [0, 1], that are left out, so that the model also learns to do without,
+        caption_dropout: Share of captions, in [0, 1), that are left out, so that the model also learns to do without,
             as classifier-free guidance asks of it.
         shuffle_tags: Shuffle the parts of captions that commas separate, anew each time.
         keep_tags: Parts at the beginning of captions that stay where they are when the others are shuffled.
         resolution: Side of the square training images in pixels.
-        buckets: Trains images in shapes near their own, of about the square's area, rather than as squares.
+        buckets: Trains images in shapes near their own, of about the square's area, rather than as squares. A batch has
+            images of one shape, so that rare shapes make small batches, in which each image counts for more.
         random_crop: Cut the training image out at a random place, drawn anew each time, rather than in the middle.
         random_flip: Mirror images at random, drawn anew each time; not for pictures with text or a left and right.
         batch_size: Images in a batch, on each device.
@@ -127,6 +129,8 @@ class CaptionedImagesDataModule(LightningDataModule):
         concepts = one_or_several(self.concept, self.concepts)
         epoch = plan_epoch(concepts, sizes, self.rules)
         self.train_set, self.pools = TrainingImages(epoch.items, self.views), epoch.pools
+        if self.buckets is not None and self._team().rank == 0:
+            epoch.warn_of_small_batches(self.batch_size)
         if self.val_root is not None:
             self.val_set = HeldOutImages(self._find_held_out(Path(self.val_root).expanduser(), concepts[0], square))
 
@@ -156,7 +160,8 @@ class CaptionedImagesDataModule(LightningDataModule):
             if trainer.overfit_batches:  # type: ignore[attr-defined]
                 raise InputError("trainer.overfit_batches would take batches apart: give trainer.limit_train_batches")
             batches.set_epoch(*next_batch(trainer, len(batches)))
-        return ResumableLoader(self.train_set, batch_size=None, sampler=batches, **loading(self.num_workers))
+        in_memory = self.latent_cache is not None and not self.latent_cache.is_shared
+        return ResumableLoader(self.train_set, batches, self.num_workers, in_memory)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:
         """Returns the held-out images, cut out of the middle, in the same order always; an empty list without any."""
@@ -195,7 +200,9 @@ class CaptionedImagesDataModule(LightningDataModule):
     def _find_held_out(self, val_root: Path, like: Concept, square: Size) -> list[Item]:
         if not val_root.is_dir():
             raise InputError(f"{val_root} is no folder: correct data.init_args.val_root")
-        found = replace(like, root=val_root, dataset=None, mask_column=None).find()
+        if like.root is None:  # the columns of a data set are not those of a folder
+            like = Concept(instance_prompt=like.instance_prompt)
+        found = replace(like, root=val_root, mask_column=None).find()
         trained = {item.image.path.resolve() for item in self.train_set.items if isinstance(item.image, ImageFile)}
         paths = [image.image.path for image in found if isinstance(image.image, ImageFile)]
         if both := next((path for path in paths if path.resolve() in trained), None):

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import ceil
-from typing import NamedTuple
+from fractions import Fraction
+from math import ceil, floor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lit_edm.data.buckets import Size
+from lit_edm.data.transforms import golden
 from lit_edm.seeds import seed_of
 
 
@@ -32,21 +33,27 @@ class Pool:
     Args:
         items: Numbers of the items.
         size: Height and width of their training images in pixels.
-        draws: Examples in an epoch.
+        draws: Examples in an epoch, in the mean over epochs.
         weight: Weight of each example's loss.
+        before: Draws of the pools that stand before it where several share a whole number of draws.
     """
 
     items: Sequence[int]
     size: Size
-    draws: int
+    draws: int | Fraction
     weight: float = 1.0
+    before: Fraction = Fraction(0)
 
-    def drawn(self, generator: torch.Generator) -> Tensor:
-        """Returns the items of an epoch and which time, from 1 on, each is shown, (draws, 2); all before any again."""
+    def count(self, turn: Fraction) -> int:
+        """Returns the examples in an epoch whose turn, in [0, 1), says where along the draws shares are rounded up."""
+        return floor(self.before + self.draws + turn) - floor(self.before + turn)
+
+    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """Returns the items of an epoch and which time, from 1 on, each is shown, (count, 2); all before any again."""
         items = torch.tensor(self.items)
-        passes = ceil(self.draws / len(items))
-        order = torch.rand(passes, len(items), generator=generator).argsort(dim=1).flatten()[: self.draws]
-        return torch.stack([items[order], 1 + torch.arange(self.draws) // len(items)], dim=1)
+        passes = ceil(count / len(items))
+        order = torch.rand(passes, len(items), generator=generator).argsort(dim=1).flatten()[:count]
+        return torch.stack([items[order], 1 + torch.arange(count) // len(items)], dim=1)
 
 
 def pools_by_size(items: Sequence[int], sizes: Sequence[Size], draws: int, weight: float = 1.0) -> list[Pool]:
@@ -55,23 +62,26 @@ def pools_by_size(items: Sequence[int], sizes: Sequence[Size], draws: int, weigh
     Args:
         items: Numbers of the items.
         sizes: Size of each.
-        draws: Examples of all of them in an epoch. Each size has the same share of these in every epoch, so that epochs
-            are equally long.
+        draws: Examples of all of them in an epoch. Where they do not divide, sizes take turns at one more, so that in
+            the mean over epochs each item is shown equally often, and in the end every one of them.
         weight: Weight of each example's loss.
     """
     of_size: dict[Size, list[int]] = {}
     for item, size in zip(items, sizes, strict=True):
         of_size.setdefault(size, []).append(item)
-    ends = torch.tensor([0, *map(len, of_size.values())]).cumsum(0).tolist()
-    shares = [draws * end // len(items) - draws * start // len(items) for start, end in pairwise(ends)]
-    return [Pool(of_size[size], size, share, weight) for size, share in zip(of_size, shares, strict=True)]
+    each, before, pools = Fraction(draws, len(items)), Fraction(0), list[Pool]()
+    for size, numbers in of_size.items():
+        pools.append(Pool(numbers, size, each * len(numbers), weight, before))
+        before += each * len(numbers)
+    return pools
 
 
 class EpochBatches(DistributedSampler[list[Draw]]):
     """Yields the batches of an epoch: every item as often as its pool says, shuffled, and one size a batch.
 
-    Pools of one size are mixed evenly, so that every batch is a fair sample of them. Processes share batches of
-    `batch_size` times their number. Where the last of a size is too small for that, the mean over all processes of
+    Pools of one size are mixed evenly, so that every batch is a fair sample of them. All epochs have as many batches:
+    where turns would have one need fewer, its largest are split. Processes share batches of `batch_size` times their
+    number. Where the last of a size is too small for that, the mean over all processes of
     `(weight * loss).mean()` is still the mean over its examples: some processes repeat one, with weight 0, and the
     weights of the others make up for it. So several processes train as one does with batches as large as theirs
     together. Lightning leaves a DistributedSampler as it is, and tells it the epoch.
@@ -92,9 +102,10 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         self.batch_size = batch_size
         self.weight_of = {item: pool.weight for pool in pools for item in pool.items}
         self.sizes = sorted({pool.size for pool in pools})
-        self.counts = [sum(pool.draws for pool in pools if pool.size == size) for size in self.sizes]
         self.together = batch_size * world_size
-        self.lengths = [ceil(count / self.together) for count in self.counts]
+        # Counts change only where a turn reaches the next whole number at the border of a pool.
+        borders = {border for pool in pools for border in (pool.before, pool.before + pool.draws)}
+        self.length = max(sum(self._lengths(self._counts(-border % 1))) for border in borders)
         self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -102,28 +113,58 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         if epoch != self.epoch or start:
             self.epoch, self.start = epoch, start
 
+    @property
+    def basis(self) -> dict[str, Any]:
+        """What the batches of every epoch follow from, as plain numbers and text."""
+        images = [[*pool.size, len(pool.items), str(pool.draws)] for pool in self.pools]
+        numbers = {"seed": self.seed, "batch_size": self.batch_size, "processes": self.num_replicas}
+        return {**numbers, "images and repeats": images}
+
     def __len__(self) -> int:
-        return sum(self.lengths)
+        return self.length
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        shown = torch.cat([self._drawn(size, generator) for size in self.sizes])
-        borders = self._borders()[spread(self.lengths, generator)]
+        turn = Fraction(golden(self.epoch))
+        counts = self._counts(turn)
+        lengths = self._split(counts, self._lengths(counts))
+        shown = torch.cat([self._drawn(size, turn, generator) for size in self.sizes])
+        borders = self._borders(counts, lengths)[spread(lengths, generator)]
         for number in range(self.start, len(borders)):
             start, end = borders[number].tolist()
             yield self._share(shown[start:end].tolist())
 
-    def _borders(self) -> Tensor:
-        """Returns the first example of each batch of all processes, and that after its last: size after size."""
-        starts = [torch.arange(0, count, self.together) for count in self.counts]
-        ends = [(start + self.together).clamp(max=count) for start, count in zip(starts, self.counts, strict=True)]
-        before = torch.tensor([0, *self.counts]).cumsum(0)[:-1].repeat_interleave(torch.tensor(self.lengths))
-        return before[:, None] + torch.stack([torch.cat(starts), torch.cat(ends)], dim=1)
+    def _counts(self, turn: Fraction) -> list[int]:
+        """Returns the examples of each size in an epoch."""
+        counts = dict.fromkeys(self.sizes, 0)
+        for pool in self.pools:
+            counts[pool.size] += pool.count(turn)
+        return list(counts.values())
 
-    def _drawn(self, size: Size, generator: torch.Generator) -> Tensor:
+    def _lengths(self, counts: Sequence[int]) -> list[int]:
+        """Returns the fewest batches that hold so many examples of each size."""
+        return [ceil(count / self.together) for count in counts]
+
+    def _split(self, counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Returns numbers of batches of each size that add up to the length of every epoch."""
+        lengths = list(lengths)
+        while sum(lengths) < self.length:
+            largest = max(range(len(counts)), key=lambda size: counts[size] / max(lengths[size], 1))
+            lengths[largest] += 1
+        return lengths
+
+    def _borders(self, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Returns the first example of each batch of all processes, and that after its last: size after size."""
+        before = [sum(counts[:number]) for number in range(len(counts))]
+        cuts = [cut(*each, self.together) for each in zip(counts, lengths, strict=True)]
+        borders = [torch.stack([ends[:-1], ends[1:]], dim=1) + start for start, ends in zip(before, cuts, strict=True)]
+        return torch.cat(borders)
+
+    def _drawn(self, size: Size, turn: Fraction, generator: torch.Generator) -> Tensor:
         pools = [pool for pool in self.pools if pool.size == size]
-        drawn = torch.cat([pool.drawn(generator) for pool in pools])
-        return drawn[spread([pool.draws for pool in pools], generator)]
+        counts = [pool.count(turn) for pool in pools]
+        drawn = torch.cat([pool.drawn(count, generator) for pool, count in zip(pools, counts, strict=True)])
+        return drawn[spread(counts, generator)]
 
     def _share(self, batch: list[list[int]]) -> list[Draw]:
         each = ceil(len(batch) / self.num_replicas)
@@ -134,6 +175,12 @@ class EpochBatches(DistributedSampler[list[Draw]]):
 
     def _draw(self, item: int, time: int, balance: float) -> Draw:
         return Draw(item, seed_of(self.seed, self.epoch, item, time), balance * self.weight_of[item])
+
+
+def cut(count: int, batches: int, together: int) -> Tensor:
+    """Returns where batches begin and the last ends: full ones and the rest, or equal ones where there are more."""
+    numbers = torch.arange(batches + 1)
+    return (numbers * together).clamp(max=count) if batches == ceil(count / together) else numbers * count // batches
 
 
 def spread(counts: Sequence[int], generator: torch.Generator) -> Tensor:

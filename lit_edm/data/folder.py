@@ -1,7 +1,7 @@
 """Finds the images of a folder, their captions and their masks."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def find_captioned_images(
     image_column: str | None = None,
     mask_column: str | None = None,
     instance_prompt: str | None = None,
+    unlisted: Collection[Path] = (),
 ) -> list[CaptionedImage]:
     """Finds the images of a folder, their captions and their masks.
 
@@ -68,6 +69,7 @@ def find_captioned_images(
         image_column: Column of the images' names; file_name if not given.
         mask_column: Column of the masks' names, empty for images without one; mask_file_name if not given.
         instance_prompt: Caption of images without one of their own.
+        unlisted: Images that may be without a row beside others, so that no warning is given of them.
 
     Returns:
         The captioned images, sorted by path.
@@ -85,7 +87,7 @@ def find_captioned_images(
     table_of = {image: next((tables[f] for f in image.parents if f in tables), None) for image in images}
     found = {image: _read_beside(image, instance_prompt) for image, table in table_of.items() if table is None}
     for table in tables.values():
-        found |= _read_table(table, table_of, settings, instance_prompt)
+        found |= _read_table(table, table_of, settings, instance_prompt, unlisted)
     named = {entry.mask for entry in found.values()}
     mask_of = _masks_beside(images, [path for path in files if _masked_stem(path) and path not in named])
     return [_captioned(image, found[image], mask_of) for image in images if image in found]
@@ -105,14 +107,18 @@ def _read_beside(image: Path, instance_prompt: str | None) -> Entry:
 
 
 def _read_table(
-    table: Path, table_of: Mapping[Path, Path | None], settings: Columns, instance_prompt: str | None
+    table: Path,
+    table_of: Mapping[Path, Path | None],
+    settings: Columns,
+    instance_prompt: str | None,
+    unlisted: Collection[Path],
 ) -> dict[Path, Entry]:
     entries = read_metadata(table, table_of, settings, instance_prompt)
     masks = {entry.mask for entry in entries.values()}
     if both := next((image for image in entries if image in masks), None):
         raise InputError(f"{table}: {both} is both an image and a mask: delete its own row")
-    left_out = [i for i, owner in table_of.items() if owner == table and i not in entries and i not in masks]
-    if left_out:
+    accounted = {*entries, *masks, *unlisted}
+    if left_out := [image for image, owner in table_of.items() if owner == table and image not in accounted]:
         logger.warning("%d image(s) without a row in %s left out, the first: %s", len(left_out), table, left_out[0])
     return entries
 

@@ -1,6 +1,7 @@
 """Finds the image files of a folder and decodes pictures, whether they are files or not."""
 
 import hashlib
+import logging
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -16,9 +17,12 @@ from PIL import ExifTags, Image, ImageOps
 
 from lit_edm.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
+OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")  # pictures that are not read
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_EXIF = (b"eXIf", b"iTXtXML:com.adobe.xmp", b"tEXtRaw profile type exif", b"zTXtRaw profile type exif")
+
+logger = logging.getLogger(__name__)
 
 
 class ImageSource(ABC):
@@ -124,13 +128,20 @@ def read_mask(source: ImageSource) -> Image.Image:
 
 
 def find_images(root: Path) -> list[Path]:
-    """Returns the image files in a folder and the folders below it, sorted; hidden ones are left out."""
+    """Returns the image files in a folder and the folders below it, sorted; hidden ones are left out.
+
+    Those of other formats are left out with a warning.
+    """
     if not root.exists():
         raise InputError(f"{root} does not exist: give the folder of the images as data.init_args.root")
     if not root.is_dir():
         raise InputError(f"{root} is a file: give the folder of the images as data.init_args.root")
     files = [path for path in root.rglob("*") if path.is_file()]
-    images = sorted(path for path in files if path.suffix.lower() in SUFFIXES and not is_hidden(path, root))
+    seen = sorted(path for path in files if not is_hidden(path, root))
+    images = [path for path in seen if path.suffix.lower() in SUFFIXES]
+    if others := [path for path in seen if path.suffix.lower() in OTHER_SUFFIXES]:
+        formats = ", ".join(sorted({path.suffix.lower() for path in others}))
+        logger.warning("%d picture(s) left out (%s), the first: %s; save them as PNG", len(others), formats, others[0])
     if not images:
         looked_for = f"{', '.join(SUFFIXES)}; other files there: {len(files)}"
         raise InputError(f"{root} holds no images ({looked_for}): put some there or correct data.init_args.root")

@@ -40,6 +40,7 @@ class LatentStore:
         wanted = {self.key(item, view): (item, view) for item in items for view in views.all(item.size)}
         missing = self._missing(wanted)
         if self.cache.is_shared:
+            team.wait()  # until all have looked, so that they share out the same
             for key in team.share(missing, "Encoding images"):
                 self._encode(key, *wanted[key], encode)
             missing = self._missing(missing)  # of those whose machine does not see what others keep

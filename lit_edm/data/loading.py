@@ -1,10 +1,13 @@
 """What data modules share."""
 
+from multiprocessing import get_all_start_methods
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lit_edm.data.draws import EpochBatches
 from lit_edm.errors import InputError
 
 Example = TypeVar("Example")
@@ -31,10 +34,22 @@ def make_loader(
     return DataLoader(dataset, batch_size, shuffle=shuffle, **loading(num_workers))
 
 
-def loading(num_workers: int) -> dict[str, Any]:
-    """Returns how loaders go about it, with so many processes."""
+def loading(num_workers: int, in_memory: bool = False) -> dict[str, Any]:
+    """Returns how loaders go about it.
+
+    Args:
+        num_workers: Processes that load examples; 0 loads them in the training process.
+        in_memory: Whether a data set holds so much that processes have to share its memory, as forked ones do.
+    """
+    forks = "fork" in get_all_start_methods()
+    if in_memory and num_workers and not forks:
+        rank_zero_warn(
+            f"each of the {num_workers} processes that load images gets its own copy of the MemoryCache, for this "
+            "system cannot fork: set data.init_args.latent_cache to DiskCache or data.init_args.num_workers to 0"
+        )
     return {
         "num_workers": num_workers,
+        "multiprocessing_context": "fork" if in_memory and num_workers and forks else None,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }
@@ -44,15 +59,36 @@ class ResumableLoader(DataLoader[Example]):
     """A loader that can begin in the middle of an epoch, which Lightning tells by these two methods.
 
     Where a run was is what Lightning's checkpoints say themselves, and exactly: a batch that was loaded, but that no
-    step was made with, is loaded again.
+    step was made with, is loaded again: see `next_batch`. What is kept here tells whether that place is still the same.
+
+    Args:
+        dataset: Makes batches of draws.
+        batches: The draws of each batch.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+        in_memory: Whether the data set holds so much that processes have to share its memory.
     """
 
+    sampler: EpochBatches
+
+    def __init__(
+        self, dataset: Dataset[Example], batches: EpochBatches, num_workers: int, in_memory: bool = False
+    ) -> None:
+        how = loading(num_workers, in_memory)
+        super().__init__(dataset, batch_size=None, sampler=batches, **how)  # type: ignore[arg-type] (of draws)
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: see `next_batch`."""
-        return {}
+        """Returns what batches follow from."""
+        return self.sampler.basis
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes nothing."""
+        """Begins the epoch anew, with a warning, if batches followed from something else when this was kept."""
+        basis = self.sampler.basis
+        if changed := [key for key, value in basis.items() if state_dict.get(key, value) != value]:
+            rank_zero_warn(
+                f"the checkpoint is of a run with other {' and '.join(changed)}, so that its place in the epoch means "
+                "nothing here: the epoch begins anew, and training goes on"
+            )
+            self.sampler.start = 0
 
 
 def next_batch(trainer: Any, length: int) -> tuple[int, int]:
@@ -64,8 +100,10 @@ def next_batch(trainer: Any, length: int) -> tuple[int, int]:
         trainer: The trainer, its progress restored.
         length: Batches in an epoch.
     """
-    loop = trainer.fit_loop
-    epoch, batches = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.processed
+    loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
+    epoch, batches = loop.epoch_progress.current.processed, progress.current.processed
     if not loop.restarting:
         return epoch, 0
-    return (epoch, batches) if batches < length else (epoch + 1, 0)
+    if progress.is_last_batch and batches == progress.current.ready:  # the epoch has ended, perhaps before its time
+        return epoch + 1, 0
+    return epoch, batches if batches < length else 0

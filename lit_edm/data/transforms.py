@@ -67,7 +67,7 @@ class RandomViews:
     Args:
         random_crop: Cut at a random place rather than in the middle.
         random_flip: Mirror one picture in two.
-        crops: Number of places there are to cut at, the first in the middle; any place if not given.
+        crops: Number of places there are to cut at, the first in the middle, to half a pixel; any place if not given.
     """
 
     random_crop: bool = False

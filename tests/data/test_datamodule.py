@@ -93,6 +93,32 @@ def test_a_resumed_run_goes_on_with_the_epoch_it_would_have_seen(
     assert run(ckpt_path=tmp_path / "two" / "last.ckpt") == whole[2:]
 
 
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"batch_size": 3, "num_workers": 1}, "other batch_size, so"),
+        ({"batch_size": 12}, "other batch_size, so"),
+        ({"repeats": 7}, "other images and repeats, so"),
+        ({"batch_size": 1, "repeats": 3}, "other batch_size and images and repeats, so"),
+    ],
+)
+def test_a_run_resumed_with_other_batches_begins_the_epoch_anew(
+    root: Path, trainer: Make, tmp_path: Path, changed: dict[str, int], what: str
+) -> None:
+    settings = {"resolution": 32, "repeats": 4, "batch_size": 2}
+    keep = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=4)
+    trainer(keep, enable_checkpointing=True).fit(Recorder(), CaptionedImagesDataModule(root, **settings))
+    recorder, data = Recorder(), CaptionedImagesDataModule(root, **{**settings, **changed})
+    recorder.epochs.append([])  # Lightning does not say that the one goes on in which the run was
+    resumed = trainer(max_steps=-1, max_epochs=3)
+    with pytest.warns(UserWarning, match=rf"the checkpoint is of a run with {what} .* the epoch begins anew"):
+        resumed.fit(recorder, data, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    whole = [[caption for batch in epoch for caption in batch["caption"]] for epoch in _epochs(data, 3)]
+    assert recorder.epochs[1:] == whole[1:]
+    assert recorder.epochs[0] == whole[0][: len(recorder.epochs[0])], "as far as Lightning has it go on"
+    assert recorder.epochs[0]
+
+
 def test_repeats_are_no_longer_lists(root: Path) -> None:
     data = _set_up(root, repeats=10**6, batch_size=2)
     assert len(data.train_dataloader()) == 3 * 10**6 // 2

@@ -94,11 +94,49 @@ class TestConcepts:
             ({"concepts": [Concept("a"), Concept()]}, r"data\.init_args\.concepts\[1\]: neither root nor dataset"),
             ({"concepts": [Concept("a", repeats=0)]}, r"data\.init_args\.concepts\[0\]\.repeats is 0: give at least 1"),
             ({"root": "a", "prior": TeacherPrior("x", -1)}, r"data\.init_args\.prior\.init_args\.weight is -1: give"),
+            (
+                {"concepts": [Concept("a", prior=ClassImages("b", "x", num_images=-1))]},
+                r"data\.init_args\.concepts\[0\]\.prior\.init_args\.num_images is -1: give at least 0",
+            ),
         ],
     )
     def test_settings_that_do_not_fit(self, settings: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             set_up(**settings)
+
+    @pytest.mark.parametrize(
+        "concepts",
+        [
+            [
+                Concept("dog", prior=ClassImages("dog/classes", "a dog", num_images=2))
+            ],  # trained on from the second run on
+            [Concept("dog/mine", prior=ClassImages("dog", "a dog"))],
+            [Concept("dog"), Concept("dog/hat")],
+            [Concept("hat", prior=ClassImages("dog/../dog/classes", "a hat")), Concept("dog")],
+            [
+                Concept("hat", prior=ClassImages("dog", "a dog")),
+                Concept("cap", prior=ClassImages("dog/puppy", "a puppy", num_images=2)),
+            ],
+        ],
+    )
+    def test_folders_within_others_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concepts: list[Concept]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match=rf"{tmp_path}/dog/\w+ lies in {tmp_path}/dog, whose images would include"):
+            set_up(concepts=concepts)
+
+    def test_a_folder_is_not_both_of_a_concept_and_of_a_class(self, folder: Callable[..., Path]) -> None:
+        root = folder("dog", 2)
+        with pytest.raises(InputError, match=rf"{root} is the root both of a concept and of a prior"):
+            set_up(root=root, prior=ClassImages(str(root), "a dog"))
+
+    def test_folders_that_others_leave_alone(self, folder: Callable[..., Path], save: Save) -> None:
+        """Hidden ones, those of similar names, and the same folder under two captions."""
+        save("dog/.classes/0.png")
+        prior = ClassImages(str(folder("dog", 2) / ".classes"), "a dog")
+        concepts = [Concept(folder("dog", 2), prior=prior), Concept(folder("dog", 2)), Concept(folder("dog_2", 1))]
+        assert shown(epoch_of(set_up(concepts=concepts))) == {"dog 0": 2, "dog 1": 2, "a dog": 2, "dog_2 0": 1}
 
     def test_held_out_images_are_captioned_like_the_first(self, folder: Callable[..., Path], save: Save) -> None:
         save("held/a.png")

@@ -1,11 +1,12 @@
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 import torch
 
-from lit_edm.data.draws import Draw, EpochBatches, Pool, pools_by_size, spread
+from lit_edm.data.draws import Draw, EpochBatches, Pool, cut, pools_by_size, spread
 
 WIDE, TALL = (16, 32), (32, 16)
 POOLS = [
@@ -105,6 +106,7 @@ class TestPoolsBySize:
         sizes = [WIDE] * 7 + [TALL] * 4 + [WIDE]
         pools = pools_by_size(range(20, 32), sizes, draws, weight=0.3)
         assert sum(pool.draws for pool in pools) == draws
+        assert {sum(pool.count(Fraction(turn, 24)) for pool in pools) for turn in range(24)} == {draws}
         for pool in pools:
             assert pool.weight == 0.3
             assert {sizes[item - 20] for item in pool.items} == {pool.size}
@@ -114,6 +116,32 @@ class TestPoolsBySize:
     def test_repeats_are_exact(self) -> None:
         pools = pools_by_size(range(3), [WIDE, TALL, WIDE], draws=12)
         assert [(list(pool.items), pool.draws) for pool in pools] == [([0, 2], 8), ([1], 4)]
+
+    @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (2, 1), (4, 1), (2, 2), (64, 1)])
+    def test_sizes_take_turns_where_there_are_more_images_than_draws(self, batch_size: int, world_size: int) -> None:
+        """Every one is shown in some epoch, equally often, and epochs are equally long all the same."""
+        sizes = [WIDE] * 20 + [(n, 8) for n in range(1, 7)] + [TALL] * 14
+        images, others = [Pool(range(4), WIDE, 4), Pool([4], TALL, 1)], pools_by_size(range(5, 45), sizes, draws=5)
+        shown, lengths = Counter[int](), set[int]()
+        for epoch in range(400):
+            (batches, *_) = epochs = epochs_of([*images, *others], batch_size, world_size, epoch)
+            drawn = [draw.item for process in epochs for batch in process for draw in batch if draw.weight]
+            assert len(drawn) == 10
+            assert len(set(drawn)) == 10
+            lengths.add(len(batches))
+            shown.update(drawn)
+        assert len(lengths) == 1
+        assert all(shown[item] == 400 for item in range(5))
+        assert all(20 < shown[item] < 90 for item in range(5, 45)), "50 in the mean"
+        assert all(48 <= shown[item] <= 52 for item in range(25, 31)), "those that are alone in their size"
+
+
+@pytest.mark.parametrize(
+    ("count", "batches", "borders"),
+    [(0, 0, [0]), (8, 2, [0, 4, 8]), (9, 3, [0, 4, 8, 9]), (9, 4, [0, 2, 4, 6, 9]), (3, 3, [0, 1, 2, 3])],
+)
+def test_batches_are_full_unless_there_are_to_be_more(count: int, batches: int, borders: list[int]) -> None:
+    assert cut(count, batches, together=4).tolist() == borders
 
 
 def test_spreading_keeps_each_sequence_in_order() -> None:

@@ -75,6 +75,16 @@ def test_keys_say_all_that_moments_follow_from(item: Item, save: Save) -> None:
     assert len({key, *differing}) == 6
 
 
+def test_processes_have_all_looked_before_one_begins(item: Item, save: Save, tmp_path: Path) -> None:
+    """Else the later ones would share out less than the first did."""
+    items = [item, item_of(save("b.png", Image.new("RGB", (24, 16), "red")))]
+    store = store_of(*items, cache=DiskCache(str(tmp_path / "cache")))
+    waits: list[int] = []
+    team = Team(0, 2, lambda: waits.append(len(list((tmp_path / "cache").rglob("*.safetensors")))))
+    store.fill(items, RandomViews(), encode, team)
+    assert waits == [0, 1]
+
+
 def test_a_changed_picture_is_encoded_again(item: Item, tmp_path: Path) -> None:
     cache, path = DiskCache(str(tmp_path / "cache")), item.image.path  # type: ignore[attr-defined]
     assert fill(store_of(item, cache=cache), [item], RandomViews()) == 1
