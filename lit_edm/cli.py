@@ -55,7 +55,7 @@ class CLI(LightningCLI):
 
     def find_checkpoint(self) -> None:
         """Raises InputError if there is no checkpoint to go on from: Lightning would begin anew with a mere warning."""
-        wanted = self._get(self.config, "ckpt_path")
+        wanted = str(self._get(self.config, "ckpt_path") or "")
         if wanted == "last":
             folders = [str(c.dirpath) for c in self.trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
             if not any(path for folder in folders for path in Path(folder).glob("last*.ckpt")):

@@ -53,6 +53,9 @@ from lit_edm.sdxl.checks import (
 )
 from lit_edm.sdxl.from_file import start_embeddings
 
+LOSS_OF_THE_BASE = EDMLoss(UniformTimesteps(), SNRWeighting())
+"""Stands for what the base was trained with until its configs are read; SDXL's own."""
+
 
 class SDXLModule(SDXLRenderer):
     """Fine-tunes an SDXL-shaped base: the UNet, the text encoders and, by textual inversion, embeddings of new tokens.
@@ -115,9 +118,8 @@ class SDXLModule(SDXLRenderer):
         text_cache: TensorCache | None = None,
         generation: Generation = Generation(),
     ) -> None:
-        super().__init__(loss or EDMLoss(UniformTimesteps(), SNRWeighting()), optimizer, lr_scheduler)
+        super().__init__(loss or LOSS_OF_THE_BASE, optimizer, lr_scheduler)
         self.save_hyperparameters()
-        self.loss_is_given = loss is not None
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint is strict about that
         self.checkpoint = SDXLCheckpoint(pretrained, vae, variant, revision)
         self.placeholders = Placeholders(tokens or {})
@@ -165,7 +167,7 @@ class SDXLModule(SDXLRenderer):
             self.files = read_files(self.generation, self.checkpoint, self.placeholders, images)
             self.fresh = not hasattr(self, "denoiser")
             return
-        if not self.loss_is_given:
+        if self.loss is LOSS_OF_THE_BASE:
             self.loss = self.checkpoint.pretraining_loss()
         check_loss(self.loss, base, self.sigma_range)
         if stage == "fit":
@@ -189,7 +191,7 @@ class SDXLModule(SDXLRenderer):
         """Loads the networks, once: Lightning calls this for every stage."""
         if hasattr(self, "denoiser"):
             return
-        if not self.loss_is_given:
+        if self.loss is LOSS_OF_THE_BASE:
             self.loss = self.checkpoint.pretraining_loss()
         dtype = self.network_dtype()  # of frozen weights; what is trained stays float32
         fragile = self.checkpoint.vae_config().get("force_upcast", True)

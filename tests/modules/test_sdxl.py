@@ -618,6 +618,10 @@ def test_without_a_loss_a_base_is_trained_as_it_was(base: str, loss: EDMLoss, re
     again = module_of(request.getfixturevalue(base))
     again.configure_model()
     assert again.loss == loss
+    own = module_of(request.getfixturevalue(base))
+    own.loss = EDMLoss(LogNormal())
+    own.configure_model()
+    assert own.loss == EDMLoss(LogNormal()), "one that is put there by hand stays"
 
 
 class TestEmbeddingsOfAFile:
