@@ -63,15 +63,10 @@ class Concept:
 
     def find(self) -> list[CaptionedImage]:
         """Returns the images."""
-        columns = {
-            "image_column": self.image_column,
-            "caption_column": self.caption_column,
-            "mask_column": self.mask_column,
-            "instance_prompt": self.instance_prompt,
-        }
+        columns = (self.caption_column, self.image_column, self.mask_column, self.instance_prompt)
         if self.root is not None:
-            return find_captioned_images(self.root, **columns)
-        return load_captioned_images(str(self.dataset), self.dataset_config, self.split, **columns)
+            return find_captioned_images(self.root, *columns)
+        return load_captioned_images(str(self.dataset), self.dataset_config, self.split, *columns)
 
 
 def one_or_several(one: Concept, several: Sequence[Concept] | None) -> Sequence[Concept]:
@@ -130,14 +125,12 @@ class Epoch:
         draws = Counter[Size]()
         for pool in self.pools:
             draws[pool.size] += ceil(pool.draws)
-        small = [size for size, count in draws.items() if count < batch_size]
-        if small:
-            height, width = fewest = min(small, key=lambda size: draws[size])
-            logger.warning(
-                "%d of %d shapes make no full batch of %d images in an epoch, the least %d of %d x %d px: their images "
-                "count for more; raise data.init_args.buckets.step or lower data.init_args.batch_size",
-                *(len(small), len(draws), batch_size, draws[fewest], height, width),
-            )
+        if small := [size for size, count in draws.items() if count < batch_size]:
+            height, width = rarest = min(small, key=lambda size: draws[size])
+            shapes = f"{len(small)} of {len(draws)} shapes make no full batch of {batch_size} images in an epoch"
+            least = f"the least {draws[rarest]} of {height} x {width} px"
+            remedy = "raise data.init_args.buckets.step or lower data.init_args.batch_size"
+            logger.warning("%s, %s: their images count for more; %s", shapes, least, remedy)
 
 
 def plan_epoch(concepts: Sequence[Concept], sizes: Sequence[Size], rules: CaptionRules) -> Epoch:

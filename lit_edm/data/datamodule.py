@@ -15,17 +15,15 @@ from lit_edm.data.buckets import AspectBuckets, Size
 from lit_edm.data.captions import CaptionRules
 from lit_edm.data.concepts import Concept, make_items, one_or_several, plan_epoch
 from lit_edm.data.dataset import HeldOutImages, TrainingImages
-from lit_edm.data.draws import EpochBatches
 from lit_edm.data.images import ImageFile
 from lit_edm.data.items import Item
 from lit_edm.data.latents import LatentStore
-from lit_edm.data.loading import ResumableLoader, check_least, make_loader, next_batch
+from lit_edm.data.loading import check_least, make_loader, make_training_loader
 from lit_edm.data.prior import Prior
 from lit_edm.data.rendered import render_missing
 from lit_edm.data.team import Team
 from lit_edm.data.transforms import RandomViews
 from lit_edm.errors import InputError
-from lit_edm.seeds import run_seed
 
 
 class CaptionedImagesDataModule(LightningDataModule):
@@ -154,14 +152,8 @@ class CaptionedImagesDataModule(LightningDataModule):
         Raises:
             InputError: The trainer would have single examples in their place.
         """
-        team, trainer = self._team(), self.trainer
-        batches = EpochBatches(self.pools, self.batch_size, run_seed(), team.rank, team.size)
-        if trainer is not None:
-            if trainer.overfit_batches:  # type: ignore[attr-defined]
-                raise InputError("trainer.overfit_batches would take batches apart: give trainer.limit_train_batches")
-            batches.set_epoch(*next_batch(trainer, len(batches)))
         in_memory = self.latent_cache is not None and not self.latent_cache.is_shared
-        return ResumableLoader(self.train_set, batches, self.num_workers, in_memory)
+        return make_training_loader(self.train_set, self.pools, self, in_memory)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:
         """Returns the held-out images, cut out of the middle, in the same order always; an empty list without any."""

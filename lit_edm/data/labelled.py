@@ -1,18 +1,45 @@
 """Data modules of labelled images, part of which is held out from training."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from lit_edm.batch import LabelledExample
-from lit_edm.data.loading import check_least, make_loader
+from lit_edm.batch import LabelledBatch, LabelledExample
+from lit_edm.data.draws import Draw, Pool
+from lit_edm.data.loading import check_least, make_loader, make_training_loader
 from lit_edm.errors import InputError
+
+
+class Drawn(Dataset[LabelledBatch]):
+    """Makes batches of draws of labelled images, in which what torch draws at random follows from the draws alone.
+
+    Args:
+        dataset: The images; it may crop and flip them with torch's own generator.
+    """
+
+    def __init__(self, dataset: Dataset[LabelledExample]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, draws: Sequence[Draw]) -> LabelledBatch:
+        state = torch.default_generator.get_state()
+        try:
+            return default_collate([self._example(draw) for draw in draws])
+        finally:
+            torch.default_generator.set_state(state)  # so that loading in the training process changes nothing else
+
+    def _example(self, draw: Draw) -> LabelledExample:
+        torch.default_generator.manual_seed(draw.seed)
+        return self.dataset[draw.item]
 
 
 class LabelledImagesDataModule(LightningDataModule, ABC):
     """Trains on some of a set of labelled images and validates on the rest.
+
+    Batches follow from the run's seed and the epoch alone, whatever the number of workers; a resumed run goes on with
+    the one that was next.
 
     Args:
         held_out: Share of the images that is validated on and never trained on, in [0, 1).
@@ -47,9 +74,14 @@ class LabelledImagesDataModule(LightningDataModule, ABC):
         self.train_set = Subset(trained, order[border:])
         self.val_set = Subset(validated, order[:border])
 
-    def train_dataloader(self) -> DataLoader[LabelledExample]:
-        """Returns the shuffled batches of an epoch."""
-        return make_loader(self.train_set, self.batch_size, self.num_workers, shuffle=True)
+    def train_dataloader(self) -> DataLoader[LabelledBatch]:
+        """Returns the shuffled batches of an epoch.
+
+        Raises:
+            InputError: The trainer would have single examples in their place.
+        """
+        count, (_, *size) = len(self.train_set), self.image_shape
+        return make_training_loader(Drawn(self.train_set), [Pool(range(count), (size[0], size[1]), count)], self)
 
     def val_dataloader(self) -> DataLoader[LabelledExample] | list[DataLoader[LabelledExample]]:
         """Returns the held-out images, always in the same order; an empty list if there are none."""

@@ -67,7 +67,10 @@ class ClassImages(Prior):
         if self.num_images:
             for image in rendered:
                 check_rendered(image, self.prompt, size)
-        found = self._find([image.path for image in rendered]) if holds_images(folder) else []
+        found = list[CaptionedImage]()
+        if holds_images(folder):
+            unlisted = [image.path for image in rendered]  # no table that users write has rows of these
+            found += find_captioned_images(folder, instance_prompt=self.prompt, unlisted=unlisted)
         known = {image.image for image in found}
         found += [CaptionedImage(image, self.prompt) for image in rendered if image not in known]
         if not found and not self.num_images:
@@ -86,9 +89,6 @@ class ClassImages(Prior):
         super().check(where)
         if self.num_images < 0:
             raise InputError(f"{where}.num_images is {self.num_images}: give at least 0")
-
-    def _find(self, rendered: Sequence[Path]) -> list[CaptionedImage]:
-        return find_captioned_images(self.folder, instance_prompt=self.prompt, unlisted=rendered)
 
     def _to_render(self, folder: Path, size: Size, count: int) -> list[CaptionedImage]:
         numbers = (number for number in range(self.num_images) if not (folder / f"class_{number:05}.png").exists())

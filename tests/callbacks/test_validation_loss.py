@@ -69,7 +69,6 @@ def test_a_checkpoint_is_chosen_by_it(pixels: Make, patches: Make, trainer: Make
     run = trainer(ValidationLoss(), best, max_steps=6, enable_checkpointing=True)
     run.fit(module, patches())
     assert best.best_model_score is not None
-    assert best.best_model_score.item() == pytest.approx(run.callback_metrics["val/loss"].item())
     module.load_state_dict(torch.load(best.best_model_path)["state_dict"])
     assert validate(trainer, module, patches())["val/loss"] == pytest.approx(best.best_model_score.item(), rel=1e-5)
 

@@ -103,16 +103,16 @@ def test_a_resumed_run_goes_on_with_the_epoch_it_would_have_seen(
     ],
 )
 def test_a_run_resumed_with_other_batches_begins_the_epoch_anew(
-    root: Path, trainer: Make, tmp_path: Path, changed: dict[str, int], what: str
+    root: Path, trainer: Make, tmp_path: Path, changed: dict[str, int], what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"resolution": 32, "repeats": 4, "batch_size": 2}
     keep = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=4)
     trainer(keep, enable_checkpointing=True).fit(Recorder(), CaptionedImagesDataModule(root, **settings))
     recorder, data = Recorder(), CaptionedImagesDataModule(root, **{**settings, **changed})
     recorder.epochs.append([])  # Lightning does not say that the one goes on in which the run was
-    resumed = trainer(max_steps=-1, max_epochs=3)
-    with pytest.warns(UserWarning, match=rf"the checkpoint is of a run with {what} .* the epoch begins anew"):
-        resumed.fit(recorder, data, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    trainer(max_steps=-1, max_epochs=3).fit(recorder, data, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"the checkpoint is of a run with {what} that its place in the epoch means nothing here")
     whole = [[caption for batch in epoch for caption in batch["caption"]] for epoch in _epochs(data, 3)]
     assert recorder.epochs[1:] == whole[1:]
     assert recorder.epochs[0] == whole[0][: len(recorder.epochs[0])], "as far as Lightning has it go on"
@@ -226,6 +226,19 @@ class TestBuckets:
                     assert (trained[0] > trained[1]) == (height > width)
         assert data.sizes() == {tuple(batch["image"].shape[-2:]) for batch in data.train_dataloader()}
         assert len(data.sizes()) == 3
+
+    def test_rare_shapes_are_warned_of(self, shapes: Path, caplog: pytest.LogCaptureFixture) -> None:
+        buckets = AspectBuckets(step=8, max_aspect=2)
+        _set_up(shapes, batch_size=1, buckets=buckets)
+        _set_up(shapes, batch_size=2, repeats=2, buckets=buckets)
+        _set_up(shapes, batch_size=9)
+        assert not caplog.records
+        _set_up(shapes, batch_size=3, buckets=buckets)
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "2 of 3 shapes make no full batch of 3 images in an epoch, the least 1 of 32 x 32 px: their images count "
+            "for more; raise data.init_args.buckets.step or lower data.init_args.batch_size"
+        )
 
     def test_cut_little_off(self, shapes: Path) -> None:
         """Where a square would lose half of an image of 2 : 1."""

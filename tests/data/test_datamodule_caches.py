@@ -124,7 +124,7 @@ def test_tagged_images_keep_their_captions(
         names = sorted("a class" if each[1] == "a class" else each[1].strip("a tg,") for each in seen)
         assert names == sorted([str(number) for number in range(COUNT)] * 3 + ["a class"] * COUNT * 3)
     assert ranks[0]["seen"][:10] != ranks[0]["seen"][-10:], "shuffled"
-    views = 2 * (4 * 2 + 3 + 1)  # flips; two places for what is not square; all class images look the same
+    views = 2 * (4 * 2 + 3 + 3)  # flips; two places for what is not square; class images
     encoded = {"none": 0, "memory": views * devices, "disk": views}[kind]
     assert sum(rank["encoded"] for rank in ranks) == encoded
 
@@ -230,6 +230,24 @@ def test_cache_that_vanishes_is_named(tagged: Path, tmp_path: Path, num_workers:
         path.unlink()
     with pytest.raises(InputError, match=r"are gone from data\.init_args\.latent_cache"):
         list(data.train_dataloader())
+
+
+class TestMemory:
+    """Workers have to share the memory of the process that filled it."""
+
+    def test_is_that_of_forked_workers(self, tagged: Path) -> None:
+        loader = set_up(tagged, latent_cache=MemoryCache(), num_workers=1).train_dataloader()
+        assert loader.multiprocessing_context.get_start_method() == "fork"
+        assert set_up(tagged, latent_cache=MemoryCache()).train_dataloader().multiprocessing_context is None
+        assert set_up(tagged, num_workers=1).train_dataloader().multiprocessing_context is None
+
+    def test_is_copied_where_there_are_none(
+        self, tagged: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("lit_edm.data.loading.get_all_start_methods", lambda: ["spawn"])
+        data = set_up(tagged, latent_cache=MemoryCache(), num_workers=2)
+        assert data.train_dataloader().multiprocessing_context is None
+        assert "each of the 2 processes that load images gets its own copy of the MemoryCache" in caplog.text
 
 
 def test_machines_without_a_common_folder_encode_for_themselves(

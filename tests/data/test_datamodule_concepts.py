@@ -145,6 +145,16 @@ class TestConcepts:
         assert batch["caption"] == ["a TOK"]
 
 
+def test_held_out_images_beside_a_data_set_are_those_of_any_folder(tmp_path: Path, save: Save) -> None:
+    """The data set's columns are not looked for in it."""
+    picture = {"picture": [str(save("a.png"))], "said": ["red"], "mask": [None]}
+    datasets.Dataset.from_dict(picture).cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "rows")
+    save("held/b.png")
+    columns = {"image_column": "picture", "caption_column": "said", "instance_prompt": "a TOK"}
+    (batch,) = set_up(dataset=str(tmp_path / "rows"), val_root=tmp_path / "held", **columns).val_dataloader()
+    assert batch["caption"] == ["a TOK"]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_data_sets_are_trained_on_as_folders_are(tmp_path: Path, save: Save, num_workers: int) -> None:
     pictures = [str(save(f"{color}.png", Image.new("RGB", (48, 32), color))) for color in ("red", "blue")]

@@ -63,6 +63,25 @@ def test_random_changes_are_for_training_alone(root: Path) -> None:
     assert len({set_up(root, random_crop=True).train_set[0]["image"].numpy().tobytes() for _ in range(20)}) > 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_random_changes_follow_from_the_epoch_alone(root: Path, num_workers: int) -> None:
+    """Neither the state of torch nor workers change them."""
+
+    def epochs(**settings: Any) -> list[torch.Tensor]:
+        loader = set_up(root, random_crop=True, random_flip=True, held_out=0, **settings).train_dataloader()
+        drawn = []
+        for epoch in range(3):
+            loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+            drawn.append(torch.cat([batch["image"] for batch in loader]))
+        return drawn
+
+    first = epochs(batch_size=3)
+    torch.manual_seed(7)
+    again = epochs(batch_size=3, num_workers=num_workers)
+    assert all(one.equal(other) for one, other in zip(first, again, strict=True))
+    assert not first[0].sort(0).values.equal(first[1].sort(0).values), "drawn anew each epoch"
+
+
 def test_image_in_no_class(root: Path, save: Save) -> None:
     save("stray.png")
     with pytest.raises(InputError, match=r"stray\.png lies in no class folder: move it to .*some_class"):

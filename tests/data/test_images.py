@@ -24,7 +24,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def test_finds_images_of_all_kinds_and_depths_sorted(tmp_path: Path, save: Save) -> None:
-    names = ["Z.PNG", "a/b/c.webp", "a/d.jpeg", "e.JPG", "f.bmp"]
+    names = ["Z.PNG", "a/b/c.webp", "a/d.jpeg", "e.JPG", "f.bmp", "g.jfif"]
     for name in reversed(names):
         save(name)
     assert find_images(tmp_path) == [tmp_path / name for name in names]
@@ -38,6 +38,14 @@ def test_ignores_other_and_hidden_files(tmp_path: Path, save: Save) -> None:
     for name in ("a.txt", ".DS_Store", "Thumbs.db", "metadata.jsonl", "notes.json", "png"):
         (tmp_path / name).write_text("no image")
     assert find_images(tmp_path) == [image]
+
+
+def test_pictures_that_are_not_read_are_counted(tmp_path: Path, save: Save, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.gif", "c/d.TIFF", ".e.gif"):
+        save(name)
+    assert find_images(tmp_path) == [tmp_path / "a.png"]
+    said = f"2 picture(s) left out (.gif, .tiff), the first: {tmp_path / 'b.gif'}; save them as PNG"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_missing_folder(tmp_path: Path) -> None:
