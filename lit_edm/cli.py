@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Importing these lets configs write EDMLoss for lit_edm.edm.loss.EDMLoss.
@@ -57,7 +58,8 @@ class CLI(LightningCLI):
         """Raises InputError if there is no checkpoint to go on from: Lightning would begin anew with a mere warning."""
         wanted = str(self._get(self.config, "ckpt_path") or "")
         if wanted == "last":
-            folders = [str(c.dirpath) for c in self.trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+            keepers = [callback for callback in self.trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+            folders = [str(keeper.dirpath) for keeper in keepers if keeper.dirpath]
             if not any(path for folder in folders for path in Path(folder).glob("last*.ckpt")):
                 raise InputError(
                     f"--ckpt_path last: there is no last.ckpt in {' or '.join(folders) or 'a fixed folder'}; give "

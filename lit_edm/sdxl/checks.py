@@ -90,9 +90,9 @@ def check_sizes(sizes: Iterable[tuple[int, int]], checkpoint: SDXLCheckpoint) ->
         if side % factor:
             down = side // factor * factor
             raise InputError(
-                f"data.init_args.resolution or data.init_args.buckets.step: images of {side} px a side would be trained "
-                f"on, which is not a multiple of {factor}, the VAE's factor; choose a resolution of {down or factor} or "
-                f"{down + factor}, or a step that is a multiple of {factor}"
+                f"data.init_args.resolution or data.init_args.buckets.step: images of {side} px a side would be "
+                f"trained on, which is not a multiple of {factor}, the VAE's factor; choose a resolution of "
+                f"{down or factor} or {down + factor}, or a step that is a multiple of {factor}"
             )
 
 
