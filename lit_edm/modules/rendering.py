@@ -25,6 +25,7 @@ from lit_edm.sdxl import (
 )
 from lit_edm.sdxl.adapters import FullFinetune
 from lit_edm.sdxl.guidance import guided_at_once
+from lit_edm.sdxl.placement import at_hand
 from lit_edm.sdxl.schedulers import for_base
 
 
@@ -71,10 +72,12 @@ class SDXLRenderer(DiffusionModule):
             Pixels (B, 3, H, W), about [-1, 1].
         """
         with evaluating(self):
-            given = self.conditioner(batch["caption"], self.time_ids(batch))
+            with at_hand(self.conditioner.encoders, noise.device):  # once for both texts, where they are away
+                given = self.conditioner(batch["caption"], self.time_ids(batch))
+                negative = given if guidance_scale == 1 else self.negative(given, negative_prompt)
             denoise = partial(self.denoiser, conditioning=given)
             if guidance_scale != 1:
-                negative, interval = self.negative(given, negative_prompt), guidance_interval or ()
+                interval = guidance_interval or ()
                 denoise = guided_at_once(self.denoiser, given, negative, guidance_scale, *interval)
             sampler = for_base(sampler, self.checkpoint)
             return self.decode(sampler(denoise, noise, *self.sigma_range, generator))  # type: ignore[arg-type]
