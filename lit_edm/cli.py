@@ -67,6 +67,8 @@ class CLI(LightningCLI):
                 )
         elif wanted and wanted not in ("best", "hpc", "registry") and "://" not in wanted and not Path(wanted).exists():
             raise InputError(f"--ckpt_path {wanted}: there is no such checkpoint; correct it, or begin anew without it")
+        if wanted:  # as text: jsonargparse may have made it a path, in which Lightning does not know "last" again
+            self.config_init[str(self.subcommand)]["ckpt_path"] = wanted
 
     before_fit = before_validate = before_test = before_predict = find_checkpoint
 

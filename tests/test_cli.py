@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lit_edm.cli import main, one_line
+from lit_edm.cli import CLI, main, one_line
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_parts_check_their_settings(run: Callable[..., str]) -> None:
     assert "MinSNRWeighting.gamma must be positive" in said
 
 
-def test_nothing_to_resume(run: Callable[..., str], tmp_path: Path) -> None:
+def test_nothing_to_resume(run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--ckpt_path last: there is no last.ckpt in a fixed folder" in run("--ckpt_path=last")
     folder = tmp_path / "checkpoints"
     keep = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(folder), "save_last": True}}
@@ -134,6 +134,12 @@ def test_nothing_to_resume(run: Callable[..., str], tmp_path: Path) -> None:
     assert f"there is no last.ckpt in {folder};" in run("--ckpt_path=last", *settings)
     assert f"{tmp_path / 'none.ckpt'}: there is no such checkpoint" in run(f"--ckpt_path={tmp_path / 'none.ckpt'}")
     main(["fit", "--config", str(tmp_path / "config.yaml"), *settings])
+
+    def as_path(self: CLI) -> None:  # which jsonargparse does at times, where text or a path will do
+        if self.config.fit.ckpt_path:
+            self.config.fit.ckpt_path = Path(self.config.fit.ckpt_path)
+
+    monkeypatch.setattr(CLI, "before_instantiate_classes", as_path)
     main(["fit", "--config", str(tmp_path / "config.yaml"), *settings, "--ckpt_path=last", "--trainer.max_steps=2"])
 
 
