@@ -51,7 +51,8 @@ class ExponentialMovingAverage(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts images and, after an optimizer step, moves the average."""
-        self._images_in_step += len(next(iter(batch.values()))) * trainer.world_size
+        rows = next(iter(batch.values()))
+        self._images_in_step += batch.get("images") or len(rows) * trainer.world_size
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             self._update(pl_module, self._images_in_step)
@@ -106,16 +107,11 @@ class ExponentialMovingAverage(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run goes on with."""
-        return {
-            "average": self.average,
-            "images_seen": self.images_seen,
-            "images_in_step": self._images_in_step,
-        }
+        return {"average": self.average, "images_seen": self.images_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the average of a checkpoint."""
+        """Takes over the average of a checkpoint, which is as it was after its last optimizer step."""
         self.average, self.images_seen = dict(state_dict["average"]), state_dict["images_seen"]
-        self._images_in_step = state_dict.get("images_in_step", 0)
 
 
 @contextmanager

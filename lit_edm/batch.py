@@ -25,6 +25,9 @@ class Batch(TypedDict):
     """Weight of each pixel's error, in [0, 1], shape (B, 1, H, W), float32; 1 if left out."""
     teacher: NotRequired[list[bool]]
     """Whether the target is what the untouched base predicts rather than the image; false if left out."""
+    images: NotRequired[int]
+    """Images that all processes see in this step together, each but for what it repeats with weight 0; B on each if
+    left out."""
 
 
 @runtime_checkable
@@ -92,6 +95,49 @@ class CachesLatents(Protocol):
         ...
 
 
+class ImageSummary(TypedDict):
+    """What the summary of a run says of its images; numbers are those of different ones, whatever their repeats."""
+
+    images: int
+    """Images that something is learned from."""
+    prior: int
+    """Examples that keep what the base knows, those that are not rendered yet included."""
+    to_render: list[tuple[str, tuple[int, int]]]
+    """File, and height and width in pixels, of each class image that the base is to render."""
+    masks: int
+    """Images that have a mask."""
+    held_out: int
+    """Images to validate on."""
+    examples: int
+    """Examples in an epoch, on all processes, in the mean over epochs."""
+    sizes: dict[tuple[int, int], int]
+    """How many images and examples of a prior are trained on in each height and width in pixels."""
+
+
+class LatentsToKeep(TypedDict):
+    """What a cache of latents holds and lacks before training."""
+
+    folder: str | None
+    """Where they are kept; None in memory."""
+    kept: int
+    """Views of images whose moments are kept."""
+    missing: dict[tuple[int, int], int]
+    """How many views lack theirs in each height and width in pixels."""
+
+
+@runtime_checkable
+class SummarizesImages(Protocol):
+    """A data module that the summary of a run can ask; others train all the same."""
+
+    def summary(self) -> ImageSummary:
+        """Returns what there is to train on; called after setup."""
+        ...
+
+    def latents_to_keep(self, settings: str) -> LatentsToKeep | None:
+        """Returns what CachesLatents.fill_cache would find with the same settings; None if there is no cache."""
+        ...
+
+
 class PictureRequest(TypedDict):
     """A picture that is to be rendered; it follows from what stands here and from the module's settings alone."""
 
@@ -132,6 +178,10 @@ class LabelledBatch(TypedDict):
     """Pixels in [-1, 1], shape (B, C, H, W), float32."""
     label: Tensor
     """The class of each image, shape (B,), int64."""
+    weight: NotRequired[Tensor]
+    """Weight of each image's loss in the mean over the batch, shape (B,), float32; 1 if left out."""
+    images: NotRequired[int]
+    """As in Batch."""
 
 
 @runtime_checkable

@@ -24,6 +24,8 @@ class Draw(NamedTuple):
     """What everything random about the example follows from: crop, flip and changes of the caption."""
     weight: float
     """Weight of its loss in the mean over the batch."""
+    among: int = 1
+    """Draws in the batch that all processes share out."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         seed: What the order and the draws follow from, together with the epoch.
         rank: Number of this process.
         world_size: Number of processes.
+
+    Attributes:
+        start: Batches at the beginning of the next epoch that are left out: a resumed run has had them.
     """
 
     def __init__(
@@ -108,17 +113,11 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         self.length = max(sum(self._lengths(self._counts(-border % 1))) for border in borders)
         self.start = 0
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Says which epoch is next, and how many of its batches a resumed run has had before."""
-        if epoch != self.epoch or start:
-            self.epoch, self.start = epoch, start
-
     @property
     def basis(self) -> dict[str, Any]:
         """What the batches of every epoch follow from, as plain numbers and text."""
         images = [[*pool.size, len(pool.items), str(pool.draws)] for pool in self.pools]
-        numbers = {"seed": self.seed, "batch_size": self.batch_size, "processes": self.num_replicas}
-        return {**numbers, "images and repeats": images}
+        return {"seed": self.seed, "batch_size over all processes": self.together, "images and repeats": images}
 
     def __len__(self) -> int:
         return self.length
@@ -170,11 +169,11 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         each = ceil(len(batch) / self.num_replicas)
         balance = each * self.num_replicas / len(batch)
         own = batch[self.rank * each : (self.rank + 1) * each]  # neighbours: mixed as evenly as the whole
-        draws = [self._draw(item, time, balance) for item, time in own]
-        return draws + [self._draw(*batch[0], balance=0.0)] * (each - len(draws))
+        draws = [self._draw(item, time, balance, len(batch)) for item, time in own]
+        return draws + [self._draw(*batch[0], balance=0.0, among=len(batch))] * (each - len(draws))
 
-    def _draw(self, item: int, time: int, balance: float) -> Draw:
-        return Draw(item, seed_of(self.seed, self.epoch, item, time), balance * self.weight_of[item])
+    def _draw(self, item: int, time: int, balance: float, among: int) -> Draw:
+        return Draw(item, seed_of(self.seed, self.epoch, item, time), balance * self.weight_of[item], among)
 
 
 def cut(count: int, batches: int, together: int) -> Tensor:

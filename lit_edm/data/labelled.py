@@ -26,9 +26,10 @@ class Drawn(Dataset[LabelledBatch]):
     def __getitem__(self, draws: Sequence[Draw]) -> LabelledBatch:
         state = torch.default_generator.get_state()
         try:
-            return default_collate([self._example(draw) for draw in draws])
+            batch = default_collate([self._example(draw) for draw in draws])
         finally:
             torch.default_generator.set_state(state)  # so that loading in the training process changes nothing else
+        return {**batch, "weight": torch.tensor([draw.weight for draw in draws]), "images": draws[0].among}  # type: ignore[return-value]
 
     def _example(self, draw: Draw) -> LabelledExample:
         torch.default_generator.manual_seed(draw.seed)

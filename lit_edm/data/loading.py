@@ -1,7 +1,9 @@
 """What data modules share."""
 
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import get_all_start_methods
 from typing import Any, TypeVar
 
@@ -51,12 +53,15 @@ def make_training_loader(
     """
     trainer = data.trainer
     rank, size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+    if trainer is not None and trainer.overfit_batches:
+        raise InputError("trainer.overfit_batches would take batches apart: give trainer.limit_train_batches")
     batches = EpochBatches(pools, data.batch_size, run_seed(), rank, size)
-    if trainer is not None:
-        if trainer.overfit_batches:
-            raise InputError("trainer.overfit_batches would take batches apart: give trainer.limit_train_batches")
-        batches.set_epoch(*next_batch(trainer, len(batches)))
-    return ResumableLoader(dataset, batches, data.num_workers, in_memory)
+    return ResumableLoader(dataset, batches, partial(batches_done, trainer), data.num_workers, in_memory)
+
+
+def batches_done(trainer: Any) -> int:
+    """Returns how many batches of its epoch a trainer has trained with, 0 if it is not training."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer and trainer.training else 0
 
 
 def loading(num_workers: int, in_memory: bool = False) -> dict[str, Any]:
@@ -78,28 +83,49 @@ def loading(num_workers: int, in_memory: bool = False) -> dict[str, Any]:
         "multiprocessing_context": "fork" if in_memory and num_workers and forks else None,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": ignore_sigterm,
     }
 
 
+def ignore_sigterm(worker: int) -> None:
+    """Lets the training process end its workers: a cluster signals all processes, and that one has a step to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class ResumableLoader(DataLoader[Example]):
-    """A loader that can begin in the middle of an epoch, which Lightning tells by these two methods.
+    """A loader that can begin in the middle of an epoch, which Lightning tells by `state_dict` and its counterpart.
 
     Where a run was is what Lightning's checkpoints say themselves, and exactly: a batch that was loaded, but that no
-    step was made with, is loaded again: see `next_batch`. What is kept here tells whether that place is still the same.
+    step was made with, is loaded again. What is kept here tells whether that place is still the same. Lightning asks
+    for an iterator as soon as it counts batches, long before the first one: until that is asked for, nothing is read,
+    no worker is started, and no place is looked up.
 
     Args:
         dataset: Makes batches of draws.
         batches: The draws of each batch.
+        done: Tells how many batches of the epoch have been trained with.
         num_workers: Processes that load batches; 0 loads them in the training process.
         in_memory: Whether the data set holds so much that processes have to share its memory.
     """
 
     def __init__(
-        self, dataset: Dataset[Example], batches: EpochBatches, num_workers: int, in_memory: bool = False
+        self,
+        dataset: Dataset[Example],
+        batches: EpochBatches,
+        done: Callable[[], int],
+        num_workers: int,
+        in_memory: bool = False,
     ) -> None:
         how = loading(num_workers, in_memory)
         super().__init__(dataset, batch_size=None, sampler=batches, **how)  # type: ignore[arg-type] (of draws)
         self.batches = batches
+        self.done = done
+        self.begins_anew = False
+
+    def __iter__(self) -> Iterator[Example]:  # type: ignore[override] (a generator, which begins when it is asked)
+        self.batches.start = 0 if self.begins_anew else self.done()
+        self.begins_anew = False
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what batches follow from."""
@@ -109,29 +135,10 @@ class ResumableLoader(DataLoader[Example]):
         """Begins the epoch anew, with a warning, if batches followed from something else when this was kept."""
         basis = self.batches.basis
         changed = [key for key, value in basis.items() if state_dict.get(key, value) != value]
-        if changed:
-            self.batches.start = 0
+        self.begins_anew = bool(changed)
         if changed and self.batches.rank == 0:
             logger.warning(
                 "the checkpoint is of a run with other %s, so that its place in the epoch means nothing here: the "
                 "epoch begins anew, and training goes on",
                 " and ".join(changed),
             )
-
-
-def next_batch(trainer: Any, length: int) -> tuple[int, int]:
-    """Returns the epoch that a trainer is in, and how many of its batches were trained with, also of a resumed run.
-
-    Lightning itself moves on to the next epoch only when loaders have begun with their first batches.
-
-    Args:
-        trainer: The trainer, its progress restored.
-        length: Batches in an epoch.
-    """
-    loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
-    epoch, batches = loop.epoch_progress.current.processed, progress.current.processed
-    if not loop.restarting:
-        return epoch, 0
-    if progress.is_last_batch and batches == progress.current.ready:  # the epoch has ended, perhaps before its time
-        return epoch + 1, 0
-    return epoch, batches if batches < length else 0

@@ -12,6 +12,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
+from lit_edm.edm.draws import drawn, unit_noise_like
 from lit_edm.edm.noise import LogNormal, NoiseDistribution
 from lit_edm.edm.shapes import append_dims
 from lit_edm.edm.validation import check
@@ -82,7 +83,7 @@ class EDMLoss(DiffusionLoss):
         self, denoise: Denoise, clean: Tensor, target: Target | None = None, mask: Tensor | None = None
     ) -> Tensor:
         clean = clean.to(torch.promote_types(clean.dtype, torch.float32))
-        sigma = self.noise(len(clean), clean.device)
+        sigma = drawn(len(clean), lambda count: self.noise(count, clean.device))
         level = append_dims(sigma, clean.ndim)
         if self.input_perturbation:
             clean = clean + self.input_perturbation * level * unit_noise_like(clean)
@@ -98,13 +99,8 @@ class EDMLoss(DiffusionLoss):
         noise = unit_noise_like(clean)
         if not self.noise_offset:
             return noise
-        offset = torch.randn(clean.shape[:2], dtype=clean.dtype, device=clean.device)
-        return (noise + self.noise_offset * append_dims(offset, clean.ndim)) / (1 + self.noise_offset**2) ** 0.5
-
-
-def unit_noise_like(x: Tensor) -> Tensor:
-    """Draws N(0, I) of the shape of x; the layout of x in memory, which randn_like would follow, does not matter."""
-    return torch.randn_like(x, memory_format=torch.contiguous_format)
+        offset = append_dims(unit_noise_like(clean, axes=2), clean.ndim)
+        return (noise + self.noise_offset * offset) / (1 + self.noise_offset**2) ** 0.5
 
 
 def _modules(part: object) -> list[nn.Module]:

@@ -4,9 +4,9 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
+from lit_edm.edm.draws import gathered
 from lit_edm.edm.noise import InverseTransform, LogNormal, NoiseDistribution, uniform
 from lit_edm.edm.validation import check
 
@@ -15,8 +15,7 @@ from lit_edm.edm.validation import check
 class Stratified(NoiseDistribution):
     """Spreads a batch evenly over a distribution: one draw from each of B equally likely strata, in random order.
 
-    With W ranks there are B W strata. Rank r draws in stratum k W + (r + k) mod W for every k < B: the ranks share the
-    strata out without a word, and where W divides B none of them leans to low or high noise.
+    The strata are those of the whole batch where processes share it out.
 
     Args:
         noise: The distribution.
@@ -26,10 +25,8 @@ class Stratified(NoiseDistribution):
 
     def __call__(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         jitter = uniform((batch_size,), generator)
-        k = torch.randperm(batch_size, device=jitter.device, generator=generator)
-        rank, world_size = _rank_and_world_size()
-        stratum = k * world_size + (rank + k) % world_size
-        return self.noise.at((stratum + jitter) / (batch_size * world_size), device)
+        stratum = torch.randperm(batch_size, device=jitter.device, generator=generator)
+        return self.noise.at((stratum + jitter) / batch_size, device)
 
     def importance(self, sigma: Tensor) -> Tensor:
         return self.noise.importance(sigma)
@@ -99,7 +96,7 @@ class AdaptiveNoise(nn.Module, NoiseDistribution):
         if not self.training:
             return
         device = self.squared_loss.device
-        squared_loss = loss.to(device) ** 2
+        sigma, squared_loss = gathered(sigma), gathered(loss).to(device) ** 2
         member = self._bin(sigma).to(device) == torch.arange(self.num_bins, device=device)[:, None]
         member = member & squared_loss.isfinite()  # float16 may overflow, and such a step is skipped
         count = member.sum(1)
@@ -109,10 +106,3 @@ class AdaptiveNoise(nn.Module, NoiseDistribution):
     def _bin(self, sigma: Tensor) -> Tensor:
         """Returns the bin of each sigma (B,)."""
         return torch.searchsorted(self.edges.to(sigma.device), sigma, right=True)
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    """Returns this process's rank and their number: 0 and 1 where there is one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_edm.edm import Denoise, DiffusionLoss
+from lit_edm.edm.draws import Share, sharing
 from lit_edm.errors import InputError
+from lit_edm.modules.position import go_on_from_last_step
 from lit_edm.optim import effective_rates, rate_warning
-from lit_edm.seeds import run_seed, seed_of
+from lit_edm.seeds import run_seed, seed_all, seed_of
 
 NETWORK_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Precision that networks compute in by the trainer's. Every trainable value is float32 throughout."""
@@ -42,6 +44,7 @@ class DiffusionModule(LightningModule, ABC):
         self.loss_parts = nn.ModuleList(loss.stateful_parts())
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self._observed: dict[str, Tensor] = {}  # what parts of the loss had learned from losses before this step
 
     @abstractmethod
     def encode(self, batch: Any) -> Tensor:
@@ -71,7 +74,7 @@ class DiffusionModule(LightningModule, ABC):
         """Creates the optimizer of named parameter groups and, without weight decay, of the loss's own parameters."""
         if parts := trainable(self.loss_parts):
             groups = [*groups, {"name": "loss", "params": parts, "weight_decay": 0.0}]
-        optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-4)
+        optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-4, fused=True)
         if warning := rate_warning(optimizer):
             rank_zero_warn(warning)
         self._given = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
@@ -94,21 +97,46 @@ class DiffusionModule(LightningModule, ABC):
             group.update({key: value for key, value in given.items() if key != "lr" or self.lr_scheduler is None})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Makes every random number of a step a function of (seed, step, rank).
+        """Makes every random number of a step a function of (seed, step, rank): a resumed run draws what it would have.
 
-        So ranks, which Lightning seeds alike, never share noise, and a resumed run draws what it would have drawn.
+        What a network drops out, say, is a process's own; what `sharing` is about follows from (seed, step, row) alone.
         """
-        torch.manual_seed(seed_of(run_seed(), self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
+        seed_all(self._seed_of_step(self.global_rank + 1 if self.processes > 1 else 0))
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            kept = self.loss_parts.state_dict(prefix="loss_parts.")
+            self._observed = {name: value.clone() for name, value in kept.items()}
+
+    def _seed_of_step(self, stream: int = 0) -> int:
+        return seed_of(run_seed(), self.trainer.fit_loop.epoch_loop.total_batch_idx, stream)
+
+    def sharing(self, batch: Any, rows: int) -> AbstractContextManager[None]:
+        """Lets processes draw for their rows of a batch what one process alone would draw for all of them."""
+        if self.processes == 1:
+            return nullcontext()
+        total = batch.get("images", rows * self.processes)
+        return sharing(Share(self._seed_of_step(), self.global_rank * rows, total))
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def log_loss(self, loss: Tensor, rows: int) -> None:
+        """Logs the loss of a batch as train/loss, the mean over processes where there are several."""
+        self.log("train/loss", loss, prog_bar=True, batch_size=rows, sync_dist=self.processes > 1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the learning rate of each parameter group; Prodigy's with what it has found so far, d times lr."""
         self.log_dict({f"rate/{name}": rate for name, rate in effective_rates(optimizer).items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops the arguments of a module built in Python: objects, which weights-only loading refuses.
+        """Says where the run goes on, and drops the arguments of a module that was built in Python.
 
-        Who loads such a checkpoint gives them again. Those of the command line are a plain config, and stay.
+        They are objects, which weights-only loading refuses, and who loads such a checkpoint gives them again. Those of
+        the command line are a plain config, and stay.
         """
+        if go_on_from_last_step(checkpoint["loops"]["fit_loop"], self.trainer.accumulate_grad_batches):
+            checkpoint["state_dict"].update(self._observed)
         if not self.built_from_config():
             checkpoint.pop(self.CHECKPOINT_HYPER_PARAMS_KEY, None)
 

@@ -19,6 +19,7 @@ from lit_edm.edm import (
     karras_sigmas,
     sample_heun,
 )
+from lit_edm.edm.draws import drawn
 from lit_edm.errors import InputError
 from lit_edm.modules.diffusion import DiffusionModule, evaluating, trainable
 
@@ -105,8 +106,10 @@ class EDMModule(DiffusionModule):
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         """Encodes, denoises, weighs; returns the mean loss of the batch."""
         images = self.encode(batch)
-        loss = self.loss(self.denoise(batch), images).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        with self.sharing(batch, len(images)):
+            losses = self.loss(self.denoise(batch), images)
+        loss = (losses * batch.get("weight", 1.0)).mean()
+        self.log_loss(loss, len(images))
         return loss
 
     def encode(self, batch: LabelledBatch) -> Tensor:
@@ -119,7 +122,7 @@ class EDMModule(DiffusionModule):
             return self._denoise_given(None)
         label = batch["label"]
         if self.training:
-            dropped = torch.rand(label.shape, device=label.device) < self.label_dropout
+            dropped = drawn(len(label), lambda count: torch.rand(count, device=label.device)) < self.label_dropout
             label = label.masked_fill(dropped, self.num_classes)
         return self._denoise_given(label)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_edm.cache import fingerprint
+from lit_edm.edm.draws import unit_noise_like
 from lit_edm.sdxl.placement import at_hand, place_frozen
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class LatentSpace(nn.Module):
         """Samples normalised latents (B, C, h, w), float32, of moments (B, 2C, h, w)."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        return (DiagonalGaussianDistribution(moments).sample() - self.mean) / self.scale
+        z = DiagonalGaussianDistribution(moments)
+        return (z.mean + z.std * unit_noise_like(z.mean) - self.mean) / self.scale
 
     def encode(self, image: Tensor) -> Tensor:
         """Samples normalised latents (B, C, H / factor, W / factor), float32, of pixels (B, 3, H, W) in [-1, 1]."""

@@ -19,7 +19,7 @@ from lit_edm.errors import InputError
 
 Make = Callable[..., Any]
 Save = Callable[..., Path]
-ALWAYS = {"image", "caption", "original_size", "crop_top_left", "weight"}
+ALWAYS = {"image", "caption", "original_size", "crop_top_left", "weight", "images"}
 
 
 @pytest.fixture

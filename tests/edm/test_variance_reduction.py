@@ -16,6 +16,7 @@ from lit_edm.edm import (
     Stratified,
     UniformTimesteps,
 )
+from lit_edm.edm.draws import Share, drawn, sharing
 
 CPU = torch.device("cpu")
 UNIT = LogUniform(1.0, math.e)
@@ -32,16 +33,6 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """A process group without processes: the rank and the world size are what the test writes here."""
-    world = {"rank": 0, "size": 1}
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: world["rank"])
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world["size"])
-    return world
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 def test_every_stratum_is_drawn_once(batch_size: int, generator: torch.Generator) -> None:
     u = unit_draws(Stratified(UNIT), batch_size, generator)
@@ -49,21 +40,13 @@ def test_every_stratum_is_drawn_once(batch_size: int, generator: torch.Generator
 
 
 @pytest.mark.parametrize(("batch_size", "size"), [(1, 4), (3, 2), (8, 4), (5, 8)])
-def test_every_stratum_is_drawn_once_over_all_ranks(batch_size: int, size: int, world: dict[str, int]) -> None:
+def test_processes_share_out_the_strata_of_the_whole_batch(batch_size: int, size: int) -> None:
     strata = []
     for rank in range(size):
-        world.update(rank=rank, size=size)
-        u = unit_draws(Stratified(UNIT), batch_size, torch.Generator().manual_seed(rank))
-        strata += (u * batch_size * size).long().tolist()
+        with sharing(Share(7, rank * batch_size, size * batch_size)):
+            sigma = drawn(batch_size, lambda count: Stratified(UNIT)(count, CPU))
+        strata += (sigma.double().log().clamp(0, 1 - 1e-9) * batch_size * size).long().tolist()
     assert sorted(strata) == list(range(batch_size * size))
-
-
-def test_no_rank_leans_to_one_side(world: dict[str, int]) -> None:
-    for rank in range(4):
-        world.update(rank=rank, size=4)
-        generator = torch.Generator().manual_seed(rank)
-        u = torch.cat([unit_draws(Stratified(UNIT), 8, generator) for _ in range(2000)])
-        assert u.mean().item() == pytest.approx(0.5, abs=0.002)  # without the rotation rank 0 has 0.453
 
 
 def test_every_position_of_the_batch_follows_the_law(generator: torch.Generator) -> None:
