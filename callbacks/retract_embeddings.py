@@ -29,7 +29,7 @@ class RetractEmbeddings(Callback):
             raise InputError(f"RetractEmbeddings.strength is {strength}; it must be in (0, 1]")
         self.strength = strength
 
-    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
         """Measures the tables, and joins the optimizers' steps."""
         embeddings = pl_module.conditioner.extended_embeddings()
         if not embeddings:

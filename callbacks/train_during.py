@@ -1,12 +1,13 @@
 """Phases: what is trained when."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil, isinf
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 
+from lit_edm.callbacks.run_length import optimizer_steps
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
 
@@ -39,19 +40,16 @@ class TrainDuring(Callback):
         if not start >= 0 or not stop > 0 or (same_unit and start >= stop):
             raise InputError(f"TrainDuring trains {group} from {start} to {stop}; start must be 0 or more, below stop")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
-        """Checks that the module trains the group at all."""
-        groups = getattr(pl_module, "parameter_groups", dict)()
-        if self.group not in groups:
-            trained = ", ".join(groups) or "no groups"
-            raise InputError(
-                f"{type(self).__name__} is about {self.group}, but the model trains {trained}; leave the callback out, "
-                f"or let the model train {self.group}"
-            )
+    def setup(self, trainer: Trainer, pl_module: SDXLModule, stage: str) -> None:
+        """Checks that the group is trained, before weights are loaded, if the module can tell by then."""
+        if stage == "fit" and hasattr(pl_module, "trained_groups"):
+            self.check_group(pl_module.trained_groups())
 
-    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
-        """Counts the optimizer steps up to start and stop."""
-        total, groups = trainer.estimated_stepping_batches, pl_module.parameter_groups()
+    def on_fit_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        """Counts the optimizer steps up to start and stop, and checks them before images are encoded or rendered."""
+        groups = getattr(pl_module, "parameter_groups", dict)()
+        self.check_group(groups)
+        total = optimizer_steps(trainer)
         if isinf(total) and any(0 < moment < 1 for moment in (self.start, self.stop)):
             raise InputError(
                 f"{type(self).__name__} needs the run's length: set trainer.max_steps or trainer.max_epochs"
@@ -62,12 +60,20 @@ class TrainDuring(Callback):
                 f"TrainDuring never trains {self.group}: {self.start} to {self.stop} is from step {self.first:g} to "
                 f"{self.end:g} of {total}"
             )
-
         spans = {group: [phase.span(total) for phase in phases_of(trainer, group)] for group in groups}
         if (step := first_step_without(spans, total)) is not None:
             raise InputError(
                 f"{type(self).__name__}: step {step} of {total} would train none of {', '.join(groups)}; let the "
                 "phases overlap, or end the run there"
+            )
+
+    def check_group(self, groups: Collection[str]) -> None:
+        """Raises InputError if the group is not among those that are trained."""
+        if self.group not in groups:
+            trained = ", ".join(groups) or "no groups"
+            raise InputError(
+                f"{type(self).__name__} is about {self.group}, but the model trains {trained}; leave the callback out, "
+                f"or let the model train {self.group}"
             )
 
     def span(self, total: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lit_edm.batch import SummarizesImages
 from lit_edm.callbacks.held_out import fixed_noise, held_out_examples
 from lit_edm.edm import LearnedWeighting, LossWeighting
 from lit_edm.errors import InputError
@@ -27,7 +28,8 @@ class ValidationLoss(Callback):
         seed: Seed of the noise.
 
     Raises:
-        InputError: A noise level is not positive.
+        InputError: A noise level is not positive, none of the arguments and the module's loss has a weighting, or there
+            are no held-out images.
     """
 
     def __init__(
@@ -38,6 +40,20 @@ class ValidationLoss(Callback):
         self.sigmas = sigmas
         self.weighting = weighting
         self.seed = seed
+
+    def setup(self, trainer: Trainer, pl_module: DiffusionModule, stage: str) -> None:
+        """Makes sure that there are held-out images, if the data module can tell, and validation is wanted."""
+        data = getattr(trainer, "datamodule", None)
+        wanted = stage == "fit" and trainer.limit_val_batches != 0
+        if wanted and isinstance(data, SummarizesImages) and not data.summary()["held_out"]:
+            raise InputError(
+                "ValidationLoss: there are no held-out images; name some (data.init_args.val_root or .held_out), or "
+                "leave the callback out"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:
+        """Makes sure that there is a weighting, before images are encoded or rendered."""
+        self._fixed_weighting(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:
         """Begins with no losses."""

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_edm.batch import Batch, ClassImageRequest
+from lit_edm.batch import Batch, ClassImageRequest, ImageSummary, LatentsToKeep
 from lit_edm.cache import TensorCache
 from lit_edm.data.buckets import AspectBuckets, Size
 from lit_edm.data.captions import CaptionRules
@@ -17,10 +17,11 @@ from lit_edm.data.concepts import Concept, make_items, one_or_several, plan_epoc
 from lit_edm.data.dataset import HeldOutImages, TrainingImages
 from lit_edm.data.images import ImageFile
 from lit_edm.data.items import Item
-from lit_edm.data.latents import LatentStore
+from lit_edm.data.latents import Digests, LatentStore
 from lit_edm.data.loading import check_least, make_loader, make_training_loader
 from lit_edm.data.prior import Prior
 from lit_edm.data.rendered import render_missing
+from lit_edm.data.summary import count_latents, summarize
 from lit_edm.data.team import Team
 from lit_edm.data.transforms import RandomViews
 from lit_edm.errors import InputError
@@ -60,6 +61,9 @@ class CaptionedImagesDataModule(LightningDataModule):
         random_flip: Mirror images at random, drawn anew each time; not for pictures with text or a left and right.
         batch_size: Images in a batch, on each device.
         num_workers: Processes that load images; 0 loads them in the training process.
+        broken_images: Whether a run stops at an image that can no longer be read, its mask and cached latents included,
+            or skips it: others of its size and kind stand in for it then, with its weight. One that cannot be read at
+            the start always stops the run, and so does one of val_root: a mean over fewer would mean something else.
         latent_cache: Where the VAE's view of each image is kept, so that training reads and encodes none; nowhere if
             not given.
         cache_crops: Places to cut each image at, if there is a latent_cache and random_crop: as many are kept of it.
@@ -90,6 +94,7 @@ class CaptionedImagesDataModule(LightningDataModule):
         random_flip: bool = False,
         batch_size: int = 1,
         num_workers: int = 0,
+        broken_images: Literal["stop", "skip"] = "stop",
         latent_cache: TensorCache | None = None,
         cache_crops: int = 4,
         val_root: Path | str | None = None,
@@ -115,6 +120,7 @@ class CaptionedImagesDataModule(LightningDataModule):
         self.views = RandomViews(random_crop, random_flip, None if latent_cache is None else cache_crops)
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.broken_images = broken_images
         self.latent_cache = latent_cache
         self.cache_crops = cache_crops
         self.val_root = val_root
@@ -126,11 +132,19 @@ class CaptionedImagesDataModule(LightningDataModule):
         sizes = [square] if self.buckets is None else self.buckets.sizes(self.resolution)
         concepts = one_or_several(self.concept, self.concepts)
         epoch = plan_epoch(concepts, sizes, self.rules)
-        self.train_set, self.pools = TrainingImages(epoch.items, self.views), epoch.pools
+        self.digests = Digests()
+        kinds = [pool.items for pool in epoch.pools] if self.broken_images == "skip" else []
+        self.train_set, self.pools = TrainingImages(epoch.items, self.views, kinds), epoch.pools
         if self.buckets is not None and self._team().rank == 0:
             epoch.warn_of_small_batches(self.batch_size)
         if self.val_root is not None:
             self.val_set = HeldOutImages(self._find_held_out(Path(self.val_root).expanduser(), concepts[0], square))
+
+    def summary(self) -> ImageSummary:
+        """Returns what there is to train on; called after setup."""
+        priors = [concept.prior for concept in self.concepts or [self.concept] if concept.prior is not None]
+        folders = [prior.folder for prior in priors if prior.folder is not None]
+        return summarize(self.train_set.items, self.pools, folders, len(self.val_set) if self.val_root else 0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -182,12 +196,17 @@ class CaptionedImagesDataModule(LightningDataModule):
         """
         if self.latent_cache is None:
             return False
-        items = self.train_set.items
-        digests = {image: image.digest() for image in {item.image for item in items}}
-        store = LatentStore(self.latent_cache, settings, digests)
-        store.fill(items, self.views, encode, self._team())
+        store = LatentStore(self.latent_cache, settings, self.digests)
+        store.fill(self.train_set.items, self.views, encode, self._team())
         self.train_set.latents = store
         return True
+
+    def latents_to_keep(self, settings: str) -> LatentsToKeep | None:
+        """Returns what fill_cache would find with the same settings; None if there is no cache."""
+        if self.latent_cache is None:
+            return None
+        store = LatentStore(self.latent_cache, settings, self.digests)
+        return count_latents(self.train_set.items, self.views, store)
 
     def _find_held_out(self, val_root: Path, like: Concept, square: Size) -> list[Item]:
         if not val_root.is_dir():

@@ -14,6 +14,14 @@ from lit_edm.data.transforms import RandomViews, View
 from lit_edm.errors import InputError
 
 
+class Digests(dict[ImageSource, str]):
+    """Digest of the bytes of each picture, which is read for it once, when it is first asked for."""
+
+    def __missing__(self, image: ImageSource) -> str:
+        self[image] = image.digest()
+        return self[image]
+
+
 @dataclass(frozen=True)
 class LatentStore:
     """Keeps the moments of views, under what they follow from: the picture's bytes, the cut and the encoder.
@@ -21,7 +29,7 @@ class LatentStore:
     Args:
         cache: Where they are kept.
         settings: Names the encoder, weights included.
-        digests: Digest of each picture's bytes, so that these are read once alone.
+        digests: Digest of each picture's bytes.
     """
 
     cache: TensorCache

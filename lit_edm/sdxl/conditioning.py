@@ -167,6 +167,12 @@ class SDXLConditioner(nn.Module):
             store.fill(texts, partial(self.encode, device=device))
         place_frozen(self.encoders, "cpu")
 
+    def missing(self, captions: Sequence[str]) -> list[str]:
+        """Returns the texts that `keep` would encode at the start of a run, none while there is something to learn."""
+        if self.learns or self._of_base is None:
+            return []
+        return self._of_base.missing([self.placeholders.replace(caption) for caption in captions])
+
     def take_back(self, device: torch.device) -> None:
         """Has the encoders on the device for good: they are to learn, and the backward pass needs their weights."""
         place_frozen(self.encoders, device)

@@ -30,11 +30,15 @@ class TextStore:
 
     def fill(self, texts: Sequence[str], encode: Encode) -> None:
         """Encodes the texts that are not kept yet, and keeps them."""
-        missing = [text for text in dict.fromkeys(texts) if self._key(text) not in self.cache]
+        missing = self.missing(texts)
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             some = missing[start : start + TEXTS_AT_ONCE]
             for text, context, pooled in zip(some, *encode(some), strict=True):
                 self.cache.put(self._key(text), {"context": context, "pooled": pooled})
+
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Returns those of the texts that are not kept yet, each once."""
+        return [text for text in dict.fromkeys(texts) if self._key(text) not in self.cache]
 
     def read(self, texts: Sequence[str], encode: Encode, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns context (B, L, D) and pooled embedding (B, P) on the device.

@@ -107,6 +107,16 @@ def test_a_part_that_this_run_has_no_step_in(three_groups: Any, trainer: Make, s
         trainer(TrainDuring("unet", start, stop), max_steps=8).fit(three_groups())
 
 
+def test_mistakes_are_told_before_anything_slow(three_groups: Any, trainer: Make) -> None:
+    class Encodes(three_groups):
+        def on_fit_start(self) -> None:
+            raise AssertionError("images would be encoded now")
+
+    for phase, training in ((TrainDuring("unet", 9, 10), {}), (TrainDuring("unet", 0.5), {"max_steps": -1})):
+        with pytest.raises(InputError):
+            trainer(phase, **({"max_steps": 8, "max_epochs": -1} | training)).fit(Encodes())
+
+
 def test_a_fraction_of_a_run_without_end(three_groups: Any, trainer: Make) -> None:
     endless = {"max_steps": -1, "max_epochs": -1}
     with pytest.raises(InputError, match=r"TrainDuring needs the run's length: set trainer\.max_steps or"):

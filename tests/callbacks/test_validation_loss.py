@@ -97,6 +97,15 @@ class TestWeighting:
         with pytest.raises(InputError, match=r"ValidationLoss\.weighting: name one, for Plain has none"):
             validate(trainer, pixels(loss=Plain()), patches())
 
+        class Encodes(EDMModule):
+            def on_fit_start(self) -> None:
+                raise AssertionError("images would be encoded now")
+
+        module = pixels(loss=Plain())
+        module.__class__ = Encodes
+        with pytest.raises(InputError, match=r"ValidationLoss\.weighting: name one"):
+            trainer(ValidationLoss()).fit(module, patches())
+
 
 @pytest.mark.parametrize("sigmas", [[], [0.0, 1.0], [-1.0]])
 def test_levels_that_are_none(sigmas: list[float]) -> None:

@@ -1,0 +1,102 @@
+"""Whether there is room for what a run will write."""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_edm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files that a run is going to write.
+
+    Args:
+        what: What they are.
+        folder: Where they will be; None of what is kept in memory.
+        size: Bytes of all of them.
+        note: What else is to be told of them.
+        advice: What makes them fewer or smaller.
+        replaces: Whether they take the place of files that stand in the folder, or go on from them in a resumed run.
+    """
+
+    what: str
+    folder: Path | None
+    size: int
+    note: str = ""
+    advice: str = "name another folder"
+    replaces: bool = False
+
+    @property
+    def needed(self) -> int:
+        """Bytes that are to be free for them."""
+        return max(0, self.size - held(self.folder)) if self.replaces and self.folder else self.size
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a run needs on a disk, and those that are free; and one of its folders there."""
+
+    folder: Path
+    needed: int
+    free: int
+
+
+def check_room(planned: Iterable[Files]) -> list[Room]:
+    """Checks that folders can be written to, and that there is room for what is to be in them.
+
+    Returns:
+        What is needed on each disk.
+
+    Raises:
+        InputError: A folder cannot be written to, or its disk is too full.
+    """
+    disks: dict[int, dict[Files, Path]] = {}
+    for files in planned:
+        if files.folder is not None and files.size > 0:  # a cache that holds everything need not be ours to write to
+            place = standing(files.folder)
+            disks.setdefault(place.stat().st_dev, {})[files] = place
+    return [check_disk(on_disk) for on_disk in disks.values()]
+
+
+def check_disk(places: Mapping[Files, Path]) -> Room:
+    """Checks that there is room for files of one disk, given folders on it that are there already."""
+    needed = {files: files.needed for files in places}
+    most = max(needed, key=lambda files: needed[files])
+    room = Room(most.folder or places[most], sum(needed.values()), shutil.disk_usage(places[most]).free)
+    if room.needed > room.free:
+        raise InputError(
+            f"{room.folder}: this run needs about {readable(room.needed)} on its disk, most of it for {most.what}, and "
+            f"{readable(room.free)} are free: free some, or {most.advice}"
+        )
+    return room
+
+
+def standing(folder: Path) -> Path:
+    """Returns a folder, or the nearest one above it that is there.
+
+    Raises:
+        InputError: Something else stands in its place, or it cannot be written to.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is a file, where this run is to have a folder, {folder}: move it, or name another")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{nearest} cannot be written to, where this run is to have {folder}: name another folder")
+    return nearest
+
+
+def held(folder: Path) -> int:
+    """Returns the bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def readable(size: float) -> str:
+    """Returns bytes in the unit that suits their number."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.{0 if size >= 100 or unit == 'bytes' else 1}f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

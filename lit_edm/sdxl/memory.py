@@ -1,0 +1,161 @@
+"""What training takes of a device's memory, counted before it begins."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+STATES_OF_ADAM = 2
+"""Numbers that most optimizers keep of each trained one: running mean and running square of the gradient."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that stay on the device from one step to the next, and what the backward pass of a step needs.
+
+    Left out is what CUDA itself takes (about half a GiB), what the largest block needs while it is computed or, with
+    gradient checkpointing, computed again, and what pictures need, which are rendered while nothing is kept.
+
+    Args:
+        frozen: Weights that are not trained.
+        trained: Weights that are.
+        optimizer: State of the optimizer.
+        average: Average of the weights.
+        activations: What the forward pass keeps for the backward pass; None if it could not be counted.
+    """
+
+    frozen: int
+    trained: int
+    optimizer: int
+    average: int
+    activations: int | None
+
+    @property
+    def gradients(self) -> int:
+        """Of the trained weights."""
+        return self.trained
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.frozen + self.trained + self.gradients + self.optimizer + self.average + (self.activations or 0)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def bytes_kept(network: nn.Module, dtype: torch.dtype, *args: Any, **kwargs: Any) -> int | None:
+    """Counts what a network's forward pass keeps for the backward pass, by running it without computing anything.
+
+    The network runs as it is, adapters and gradient checkpointing included, on tensors that have shapes and no values.
+    There is no autocast among these: layers compute in the precision that is given here, and adapters in their own.
+
+    Args:
+        network: The network, on any device, which is left as it is.
+        dtype: What autocast has layers compute in: trained ones, held in float32, are kept in it too.
+        args: Of its forward pass; tensors are on the meta device.
+        kwargs: Likewise.
+
+    Returns:
+        Bytes; None if some layer asks for values.
+    """
+    weights, copies = on_meta(network, dtype)
+    own = {weight.untyped_storage()._cdata for weight in weights.values()}
+    kept: dict[int, Any] = {}  # by storage, each of which is kept once; held here so that no other takes its address
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage())._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    try:
+        with torch.random.fork_rng(devices=[]), FlashAttention(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            functional_call(network, weights, args, kwargs)
+    except RuntimeError:
+        return None
+    return copies + sum(storage.nbytes() for storage in kept.values())
+
+
+def on_meta(network: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """Returns a network's weights and buffers without values, and the bytes of those that autocast makes copies of."""
+    wrapped = tuple(f"{name}." for name, module in network.named_modules() if hasattr(module, "base_layer"))
+    weights, copies = dict[str, Tensor](), 0
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        of_adapter = name.startswith(wrapped) and ".base_layer." not in name
+        precision = value.dtype if of_adapter or not value.is_floating_point() else dtype
+        weights[name] = torch.empty_like(value, device="meta", dtype=precision).requires_grad_(value.requires_grad)
+        copies += weights[name].nbytes if precision != value.dtype else 0
+    return weights, copies
+
+
+class FlashAttention(TorchFunctionMode):
+    """Computes attention as GPUs do, where without values torch would keep all weights of all pairs of pixels."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replaces scaled_dot_product_attention, whose mask, if there is one, changes nothing in what is kept."""
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+
+def kept_by_unet(unet: Any, dtype: torch.dtype, shape: tuple[int, int, int, int], learns_text: bool) -> int | None:
+    """Counts what an SDXL UNet keeps; see bytes_kept.
+
+    Args:
+        unet: UNet2DConditionModel.
+        dtype: What it computes in.
+        shape: Of a batch of latents, (B, C, h, w).
+        learns_text: Whether the gradient goes on to what it is conditioned on.
+    """
+    count, config = shape[0], unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    context = nothing(count, 77, config.cross_attention_dim, dtype=dtype).requires_grad_(learns_text)
+    added = {"text_embeds": nothing(count, pooled, dtype=dtype), "time_ids": nothing(count, 6)}
+    latents = nothing(*shape, dtype=dtype)
+    return bytes_kept(unet, dtype, latents, nothing(count), context, added_cond_kwargs=added)
+
+
+def kept_by_text_encoder(encoder: nn.Module, dtype: torch.dtype, count: int) -> int | None:
+    """Counts what a CLIP text encoder keeps of so many captions; see bytes_kept."""
+    return bytes_kept(encoder, dtype, nothing(count, 77, dtype=torch.int64), output_hidden_states=True)
+
+
+def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns a tensor that has a shape and no values."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def state_of(optimizer: Optimizer) -> int:
+    """Returns the bytes that an optimizer will keep of all that it trains, by what it keeps of a small matrix."""
+    numbers = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
+    each = [state_per_value(optimizer, group) for group in optimizer.param_groups]
+    return sum(round(size * count) for size, count in zip(each, numbers, strict=True))
+
+
+def state_per_value(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """Returns the bytes that an optimizer keeps of each number in a group: it steps a matrix that is not the run's."""
+    matrix = nn.Parameter(torch.ones(64, 64, device=group["params"][0].device))
+    matrix.grad = torch.ones_like(matrix)
+    rate = group.get("initial_lr", group["lr"]) or 1.0  # some step nothing at a rate of 0, where a warm-up begins
+    twin = object.__new__(type(optimizer))
+    twin.__dict__ = {**vars(optimizer), "state": defaultdict(dict)}
+    twin.__dict__ |= {"param_groups": [{**group, "params": [matrix], "lr": rate}]}
+    twin.__dict__ |= {f"_optimizer_step_{when}_hooks": OrderedDict() for when in ("pre", "post")}
+    try:
+        type(optimizer).step(twin)
+    except Exception:  # whatever an optimizer from elsewhere cannot do with a matrix that it does not know
+        return STATES_OF_ADAM * matrix.element_size()
+    kept = [value for value in twin.state[matrix].values() if isinstance(value, Tensor) and value.numel() > 1]
+    return bytes_of(kept) / matrix.numel()
