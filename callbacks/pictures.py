@@ -1,10 +1,12 @@
 """When pictures are rendered, whatever they show."""
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +30,10 @@ class PictureCallback(Callback, ABC):
 
     @abstractmethod
     def render(self, module: Any) -> Tensor:
-        """Returns pixels (B, C, H, W), about [-1, 1]; draws nothing from the global generator."""
+        """Returns pixels (B, C, H, W), about [-1, 1]; draws nothing from the global generator.
+
+        May give up with SIGTERMException when the run is asked to end.
+        """
 
     @abstractmethod
     def save(self, pictures: list[Image.Image], folder: Path) -> None:
@@ -39,13 +44,13 @@ class PictureCallback(Callback, ABC):
         """Hands the pictures of this step to loggers."""
 
     def on_train_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:
-        """Renders what there is before training; a resumed run has these pictures already."""
-        if trainer.global_step == 0:
+        """Renders what there is before training, or what a run that was asked to end had no time for."""
+        if trainer.global_step == 0 or (self.is_due(trainer) and self.lacks_pictures(trainer)):
             self.write(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: DiffusionModule, *_: Any) -> None:
         """Renders after every n optimizer steps, once, however many batches a step accumulates."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        if self.is_due(trainer):
             self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: DiffusionModule) -> None:
@@ -54,13 +59,27 @@ class PictureCallback(Callback, ABC):
 
     def write(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Renders on the first process and writes to files and loggers, once a step."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # log_dir is a collective call
+        folder = self.folder_of(trainer)
         if trainer.global_step == self.rendered_step:
             return
         self.rendered_step = trainer.global_step
         if trainer.is_global_zero:
-            with averaged(trainer, module), trainer.precision_plugin.forward_context():
-                pictures = to_pictures(self.render(module))
-            self.save(pictures, folder)
-            self.log_images(trainer, pictures)
+            with suppress(SIGTERMException):  # the others wait below, and all end together
+                with averaged(trainer, module), trainer.precision_plugin.forward_context():
+                    pictures = to_pictures(self.render(module))
+                self.save(pictures, folder)
+                self.log_images(trainer, pictures)
         trainer.strategy.barrier(type(self).__name__)
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Tells whether pictures are to be rendered after this step."""
+        return self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
+
+    def lacks_pictures(self, trainer: Trainer) -> bool:
+        """Tells whether there are none of this step."""
+        folder = self.folder_of(trainer)
+        return trainer.strategy.broadcast(not any(folder.glob(f"step_{trainer.global_step:06d}*")))
+
+    def folder_of(self, trainer: Trainer) -> Path:
+        """Returns the pictures' folder; all processes have to call this together, for log_dir makes them meet."""
+        return Path(trainer.log_dir or trainer.default_root_dir) / self.folder

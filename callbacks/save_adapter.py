@@ -13,7 +13,7 @@ from lit_edm.callbacks.ema import averaged
 from lit_edm.callbacks.run_settings import run_settings
 from lit_edm.callbacks.validation_images import ValidationImages
 from lit_edm.errors import InputError
-from lit_edm.files import write_whole
+from lit_edm.files import NoRoomError, write_whole
 from lit_edm.modules import SDXLModule
 from lit_edm.sdxl.card import AdapterFolder
 from lit_edm.sdxl.export import Format, export
@@ -88,19 +88,33 @@ class SaveAdapter(Callback):
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "adapter"
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: SDXLModule, checkpoint: dict[str, Any]) -> None:
-        """Writes what the checkpoint holds, for other programs."""
+        """Writes what the checkpoint holds, for other programs; if there is no room, warns: the checkpoint matters."""
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:  # in validation, too
-            self.write(trainer, pl_module, self.folder / f"step_{trainer.global_step:06d}")
+            try:
+                self.write(trainer, pl_module, self.folder / f"step_{trainer.global_step:06d}")
+            except NoRoomError as error:
+                rank_zero_warn(f"SaveAdapter leaves out step {trainer.global_step}, and the run goes on: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: SDXLModule) -> None:
         """Writes the result and tells where it is."""
         if trainer.is_global_zero:
-            described = self.write(trainer, pl_module, self.folder, self.repository)
+            described = self.write_at_last(trainer, pl_module)
             written = [path for path in sorted(self.folder.iterdir()) if not path.name.startswith("step_")]
             files = "\n".join(f"  {path}" for path in written)
             rank_zero_info(f"\nThe adapter is ready:\n{files}\n{replace(described, repository=None).how_to_use()}\n")
             if self.repository is not None:
                 self.upload(self.repository)
+
+    def write_at_last(self, trainer: Trainer, module: SDXLModule) -> AdapterFolder:
+        """Writes the result.
+
+        Raises:
+            InputError: There is no room for it.
+        """
+        try:
+            return self.write(trainer, module, self.folder, self.repository)
+        except NoRoomError as error:
+            raise InputError(f"{error}. scripts/export.py makes these files of the run's checkpoints") from error
 
     def upload(self, repository: HubRepository) -> None:
         """Sends the result to the Hub and tells where it is; if that fails, warns and tells how to do it by hand."""

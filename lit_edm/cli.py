@@ -1,24 +1,28 @@
 """The command line: Lightning's, with every class of this package known by its short name."""
 
-import difflib
-import re
 import sys
 import warnings
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 # Importing these lets configs write EDMLoss for lit_edm.edm.loss.EDMLoss.
-from lit_edm import cache, callbacks, data, edm, modules, optim, sdxl
+from lit_edm import cache, callbacks, checkpoints, data, edm, loggers, modules, optim, sdxl  # noqa: F401
+from lit_edm.callbacks import EndOnSigterm, SeamlessResume
+from lit_edm.callbacks.disk_room import standing
+from lit_edm.checkpoints import WholeCheckpointIO, fault_of, find_last
+from lit_edm.config_text import check_config
 from lit_edm.errors import InputError
+from lit_edm.wording import one_line
 
-CLASSES = [name for room in (cache, callbacks, data, edm, modules, optim, sdxl) for name in room.__all__]
-BOILERPLATE = re.compile(
-    "Does not validate|Subtypes:|Errors:|Given value|Problem with given|Expected a <class 'NoneType'>|Expected a path"
-)
+TERMINATED = 128 + 15
+"""What a shell says of a process that SIGTERM ended: schedulers know by it that there is more to do."""
 
 
 class Parser(LightningArgumentParser):
@@ -30,9 +34,18 @@ class Parser(LightningArgumentParser):
             fail(one_line(message))
         super().error(message, ex)
 
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parses a config file; raises InputError if it cannot be read, or has a key twice."""
+        if Path(path).is_file():  # and not on another machine
+            check_config(Path(path))
+        return super().parse_path(path, *args, **kwargs)
+
 
 class CLI(LightningCLI):
-    """LightningCLI, but for one thing: a resumed run is what its config says, not what its checkpoint was.
+    """LightningCLI whose runs can be ended at any moment and resumed as if they had not been.
+
+    Checkpoints and logs are there whole or not at all, and a resumed run is what its config says, not what its
+    checkpoint was.
 
     Args:
         settings: Of LightningCLI, beside those that every command line of this package has.
@@ -47,6 +60,7 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [SeamlessResume(), EndOnSigterm()]},
             parser_class=Parser,
             **settings,
         )
@@ -54,48 +68,49 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Reads nothing from the checkpoint, whose hyperparameters would silently beat YAML and command line."""
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Returns a trainer that writes whole checkpoints, unless the config has it write them in another way.
+
+        Raises:
+            InputError: Lightning refuses its settings, or they make a run that cannot train or write.
+        """
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError(f"trainer: {error}") from error
+        if trainer.accumulate_grad_batches < 1:
+            raise InputError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more")
+        if self.subcommand == "fit":
+            check_folders(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
+
     def find_checkpoint(self) -> None:
         """Raises InputError if there is no checkpoint to go on from: Lightning would begin anew with a mere warning."""
         wanted = str(self._get(self.config, "ckpt_path") or "")
+        resumes, weights_only = self.subcommand == "fit", self._get(self.config, "weights_only")
         if wanted == "last":
-            keepers = [callback for callback in self.trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
-            folders = [str(keeper.dirpath) for keeper in keepers if keeper.dirpath]
-            if not any(path for folder in folders for path in Path(folder).glob("last*.ckpt")):
+            wanted = str(find_last(self.trainer, resumes, weights_only))
+        elif wanted and wanted not in ("best", "hpc", "registry") and "://" not in wanted:
+            if not Path(wanted).exists():
                 raise InputError(
-                    f"--ckpt_path last: there is no last.ckpt in {' or '.join(folders) or 'a fixed folder'}; give "
-                    "ModelCheckpoint a dirpath and save_last: true, or begin anew without --ckpt_path"
+                    f"--ckpt_path {wanted}: there is no such checkpoint; correct it, or begin anew without"
                 )
-        elif wanted and wanted not in ("best", "hpc", "registry") and "://" not in wanted and not Path(wanted).exists():
-            raise InputError(f"--ckpt_path {wanted}: there is no such checkpoint; correct it, or begin anew without it")
+            if fault := fault_of(Path(wanted), resumes, weights_only):
+                raise InputError(f"--ckpt_path {wanted} {fault}; name another, or last for the newest whole one")
         if wanted:  # as text: jsonargparse may have made it a path, in which Lightning does not know "last" again
             self.config_init[str(self.subcommand)]["ckpt_path"] = wanted
 
     before_fit = before_validate = before_test = before_predict = find_checkpoint
 
 
-def one_line(message: str) -> str:
-    """Reduces jsonargparse's nested account of all it tried to the innermost cause and the key it stands under."""
-    if message.startswith("Problems parsing config"):
-        return " ".join(message.split())
-    keys: list[str] = []
-    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
-        if match := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
-            keys.append(match[1])
-            line = match[2]
-        if line and not BOILERPLATE.match(line):
-            where = ".init_args.".join(keys)
-            return f"{where}: {reworded(line)}" if where else reworded(line)
-    return message
-
-
-def reworded(cause: str) -> str:
-    """Says in a user's terms what jsonargparse says in its own."""
-    cause = re.sub(r"\. Got value: Namespace.*", "", cause)
-    if match := re.match(r"Expected a dot import path string: (\w+)$", cause):
-        near = difflib.get_close_matches(match[1], CLASSES, n=1)
-        hint = f"did you mean {near[0]}?" if near else "write its full import path, such as my_package.MyClass"
-        return f"no class is called {match[1]}; {hint}"
-    return re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", cause)
+def check_folders(trainer: Trainer) -> None:
+    """Raises InputError if a run cannot have the folders that it writes its config and logs to."""
+    folders = [trainer.default_root_dir, *(logger.save_dir for logger in trainer.loggers)]
+    for folder in folders:
+        if folder is not None and "://" not in str(folder):
+            standing(Path(folder))
 
 
 def input_error_behind(error: BaseException | None) -> InputError | None:
@@ -103,6 +118,12 @@ def input_error_behind(error: BaseException | None) -> InputError | None:
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__
     return error
+
+
+def found_by_lightning(error: BaseException) -> bool:
+    """Tells whether Lightning raised an error by itself, so that it is about a config and not about a part of ours."""
+    names = (str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__))
+    return all(name == __name__ or not name.startswith("lit_edm.") for name in names)
 
 
 def fail(message: str) -> NoReturn:
@@ -115,7 +136,7 @@ def fail(message: str) -> NoReturn:
 def main(args: ArgsType = None) -> None:
     """Runs a subcommand of LightningCLI, as in `lit-edm fit --config configs/quickstart.yaml`.
 
-    A mistake of the user's ends with one line that says what and where it is, and exit code 2.
+    A mistake of the user's ends with one line that says what and where it is, and exit code 2; SIGTERM with 143.
 
     Args:
         args: Arguments in place of those of the command line.
@@ -125,6 +146,12 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning's own
     try:
         CLI(args=args)
+    except SIGTERMException:  # processes that Lightning started are done; one of them with an error would end all
+        sys.exit(TERMINATED if getattr(rank_zero_only, "rank", 0) == 0 else 0)
+    except MisconfigurationException as error:
+        if found_by_lightning(error):
+            fail(str(error))
+        raise
     except ValueError as error:
         if mistake := input_error_behind(error):
             fail(str(mistake))

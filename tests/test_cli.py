@@ -127,11 +127,11 @@ def test_parts_check_their_settings(run: Callable[..., str]) -> None:
 
 
 def test_nothing_to_resume(run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--ckpt_path last: there is no last.ckpt in a fixed folder" in run("--ckpt_path=last")
+    assert "--ckpt_path last: there is no whole checkpoint in a fixed folder" in run("--ckpt_path=last")
     folder = tmp_path / "checkpoints"
     keep = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(folder), "save_last": True}}
     settings = ["--trainer.enable_checkpointing=true", f"--trainer.callbacks=[{json.dumps(keep)}]"]
-    assert f"there is no last.ckpt in {folder};" in run("--ckpt_path=last", *settings)
+    assert f"there is no whole checkpoint in {folder};" in run("--ckpt_path=last", *settings)
     assert f"{tmp_path / 'none.ckpt'}: there is no such checkpoint" in run(f"--ckpt_path={tmp_path / 'none.ckpt'}")
     main(["fit", "--config", str(tmp_path / "config.yaml"), *settings])
 
@@ -141,6 +141,59 @@ def test_nothing_to_resume(run: Callable[..., str], tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(CLI, "before_instantiate_classes", as_path)
     main(["fit", "--config", str(tmp_path / "config.yaml"), *settings, "--ckpt_path=last", "--trainer.max_steps=2"])
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr("lit_edm.sdxl.checkpoint.SDXLCheckpoint.load_unet", None)  # nothing slow comes before
+    with pytest.warns(UserWarning, match="is passed over"):
+        assert "--ckpt_path last: there is no whole checkpoint" in run("--ckpt_path=last", *settings)
+    said = run(f"--ckpt_path={folder / 'last.ckpt'}", *settings)
+    assert said.startswith(f"--ckpt_path {folder / 'last.ckpt'} is damaged, or no checkpoint; name another")
+
+
+def test_checkpoints_are_whole_unless_the_config_says_otherwise(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(CLI, "after_fit", lambda self: used.append(self.trainer.strategy.checkpoint_io), raising=False)
+    for plugins in ("null", "[{class_path: WholeCheckpointIO}]", "AsyncCheckpointIO"):
+        main(["fit", "--config", str(tmp_path / "config.yaml"), f"--trainer.plugins={plugins}"])
+    assert [type(io).__name__ for io in used] == ["WholeCheckpointIO", "WholeCheckpointIO", "AsyncCheckpointIO"]
+
+
+KILLED = """
+import os, signal
+from lit_edm.cli import main
+from lit_edm.modules import SDXLModule
+
+def kill(self, *_):
+    if self.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+SDXLModule.on_train_batch_end = kill
+main()
+"""
+
+
+def test_a_killed_run_logs_what_one_that_never_stopped_does(run: Callable[..., str], tmp_path: Path) -> None:
+    """Of a run that is gone right after a checkpoint, before Lightning logs its step."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    texts = []
+    for name in ("whole", "killed"):
+        folder = str(tmp_path / name)
+        logger = {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": folder, "name": "", "version": ""}}
+        keep = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": folder, "every_n_train_steps": 3}}
+        settings = ["--trainer.max_steps=8", "--trainer.log_every_n_steps=1", f"--trainer.logger={json.dumps(logger)}"]
+        settings += ["--trainer.enable_checkpointing=true", f"--trainer.callbacks=[{json.dumps(keep)}]"]
+        arguments = ["fit", "--config", str(tmp_path / "config.yaml"), *settings]
+        if name == "killed":
+            command = [sys.executable, "killed.py", *arguments]
+            ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert ended.returncode == -9, ended.stderr
+            arguments.append("--ckpt_path=last")
+        main(arguments)
+        texts.append((tmp_path / name / "metrics.csv").read_text())
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 9
 
 
 def test_a_message_of_several_lines_is_one(run: Callable[..., str], tmp_path: Path) -> None:

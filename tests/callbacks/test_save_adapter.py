@@ -6,12 +6,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_edm.callbacks import SaveAdapter, ValidationImages, ValidationLoss
 from lit_edm.data import CaptionedImagesDataModule
 from lit_edm.edm import EulerSampler
+from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
 from lit_edm.sdxl import Adapter, FullFinetune, LoHa, LoKr, LoRA
 from lit_edm.sdxl.formats.writing import diffusers_tensors, loras_of
@@ -160,3 +162,23 @@ def test_a_run_of_other_settings_leaves_nothing_behind(tiny: Path, icons: Path, 
     (tmp_path / "adapter" / "mine.txt").write_text("a user's own")
     assert run(FullFinetune(("mid_block",)), None) == {"README.md", "unet", "mine.txt"}
     assert run(LoHa(rank=2), None) == {"README.md", "x_lycoris.safetensors", "mine.txt"}
+
+
+def test_a_full_disk_costs_the_export_and_not_the_checkpoint(
+    tiny: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lit_edm.files.save_file", full)
+    keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=-1)
+    said = (
+        r"lora_weights.safetensors could not be written: No space left on device, with .* free on its disk; make room"
+    )
+    with (
+        pytest.warns(UserWarning, match=f"SaveAdapter leaves out step 2, and the run goes on: .*{said}"),
+        pytest.raises(InputError, match=rf"{said}.*scripts/export.py makes these files"),
+    ):
+        fit(tiny, icons, tmp_path, SaveAdapter(), keep)
+    assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 2
+    assert not list(tmp_path.rglob("*.part"))

@@ -27,6 +27,7 @@ from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
 from lit_edm.modules.prior import blank_batch
 from lit_edm.sdxl import LoRA
+from lit_edm.sdxl.schedulers import DiffusersSampler
 
 PROMPTS = ["TOK, a red apple", "TOK, a rocket"]
 
@@ -206,3 +207,19 @@ class TestSheet:
         assert red[0] == lime[0] < blue[0]
         assert red[1] == blue[1] < lime[1]
         assert all(len(points) == 64 * 64 for points in where.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": 17}, "resolution is 17; give a multiple of 2, the VAE's factor, such as 16"),
+        ({"resolution": 0}, "resolution is 0; give a multiple of 2, the VAE's factor, such as 2"),
+        ({"sampler": DiffusersSampler("EDMEulerScheduler")}, "EDMEulerScheduler is not for a base with timesteps"),
+    ],
+)
+def test_what_the_base_cannot_render_is_told_before_it_is_loaded(
+    tiny: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(SDXLModule, "configure_model", lambda self: pytest.fail("weights would be loaded now"))
+    with pytest.raises(InputError, match=message):
+        fit(tiny, icons, tmp_path, ValidationImages(PROMPTS, **({"resolution": 16} | settings)))

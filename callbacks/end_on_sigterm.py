@@ -1,0 +1,95 @@
+"""Runs that are asked to end save what they have and do so."""
+
+import os
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_edm.checkpoints import save_last
+
+
+class EndOnSigterm(Callback):
+    """Saves last.ckpt and ends the run when SIGTERM asks for it, as clusters do before they take a machine away.
+
+    Every run of the command line has it, after all callbacks of the config. The run ends after the batch it is at, or
+    before the next batch of a validation, which is done anew after a resume. ModelCheckpoint.save_on_exception is no
+    substitute: an error or Ctrl-C may come in the middle of a step, and what that saves is no state a run was ever in,
+    one file each time.
+
+    Several processes agree on it after each batch: the signal may come to any of them, and a second one does no harm.
+    Before training there is nothing to save, and in other subcommands neither: processes end at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.has_trained = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts handlers in place of Lightning's, which talks to other processes whatever they are waiting for."""
+        self.trainer = trainer
+        connector = trainer._signal_connector
+        connector._sigterm_notifier_fn = self.ask if stage == "fit" else self.end_at_once  # type: ignore[method-assign]
+        if getattr(trainer.strategy.launcher, "procs", None):  # which would go on alone
+            connector._register_signal(signal.SIGTERM, self.end_at_once)
+
+    def ask(self, signum: int, frame: Any) -> None:
+        """Notes in a signal handler that the run is to end, and tells the processes that this one has started."""
+        if not self.asked:
+            self.asked = True
+            self._pass_on(signum)
+
+    def end_at_once(self, signum: int, frame: Any) -> None:
+        """Ends this process and those that it has started, unless Lightning, which calls both, has asked before."""
+        if not self.asked:
+            self._pass_on(signum)
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    def _pass_on(self, signum: int) -> None:
+        if self.trainer.strategy.launcher is not None:
+            self.trainer.strategy.launcher.kill(signum)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a run that has nothing to save yet."""
+        if self.all_asked(trainer):
+            raise SIGTERMException
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends after a batch, when callbacks are done with it."""
+        self.has_trained = True
+        if self.all_asked(trainer):
+            for keeper in trainer.checkpoint_callbacks:  # whose turn it would be
+                keeper.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            raise SIGTERMException
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Ends before a batch of held-out images."""
+        if self.all_asked(trainer):
+            raise SIGTERMException
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves what there is if SIGTERM is why the run ends, to the folder of the first ModelCheckpoint."""
+        if not isinstance(exception, SIGTERMException) or not self.has_trained:
+            return
+        if (path := save_last(trainer)) is None:
+            rank_zero_info(f"SIGTERM: the run ends at step {trainer.global_step}, and no ModelCheckpoint keeps it")
+        else:
+            rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved in {path}; go on with --ckpt_path last")
+
+    def all_asked(self, trainer: Trainer) -> bool:
+        """Tells whether any process has been asked to end; all of them have to call this together."""
+        return trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+
+
+def end_if_asked(module: LightningModule) -> None:
+    """Raises SIGTERMException if this process has been asked to end, which others need not know yet."""
+    trainer = module._trainer
+    if trainer is not None:
+        enders = [callback for callback in trainer.callbacks if isinstance(callback, EndOnSigterm)]  # type: ignore[attr-defined]
+        if trainer.received_sigterm or any(ender.asked for ender in enders):
+            raise SIGTERMException
