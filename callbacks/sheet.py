@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MARGIN, TEXT_HEIGHT = 8, 16
+MOST_LINES = 12
+"""Lines of a caption that are drawn; one of a hundred thousand letters would make a sheet of gigabytes."""
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
@@ -66,12 +68,14 @@ def log_pictures(
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Breaks text into lines that fit a width in pixels, between words."""
+    """Breaks the beginning of a text into lines that fit a width in pixels, between words; words are cut to fit."""
     lines = [""]
-    for word in text.split():
+    for word in text[: MOST_LINES * width].split():  # no letter is narrower than a pixel
+        while font.getlength(word) > width and len(word) > 1:
+            word = word[: len(word) // 2]
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
-    return lines
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."]

@@ -104,6 +104,8 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # Windows editors begin UTF-8 with a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): let yourself read it, or delete it") from error
 
 
 def listed(names: Collection[str]) -> str:

@@ -1,5 +1,6 @@
 """Captioned images of data sets that the `datasets` library reads: from the Hugging Face Hub, or saved on disk."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -25,11 +26,13 @@ class DatasetImage(ImageSource):
         column: The data set's column of pictures, undecoded: their bytes, or the paths of their files.
         row: Number of the row, from 0 on.
         place: What messages call the column.
+        folders: Where files that rows name have to be; anywhere if not given, for a data set of the user's own.
     """
 
     column: "Dataset" = field(repr=False)
     row: int
     place: str
+    folders: tuple[Path, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +47,10 @@ class DatasetImage(ImageSource):
             return BytesIO(encoded)
         if not content.get("path"):
             raise InputError(f"{self.name} is empty: give every row a picture")
-        return Path(content["path"]).expanduser().open("rb")
+        path = Path(content["path"]).expanduser()
+        if self.folders is not None and not any(path.resolve().is_relative_to(folder) for folder in self.folders):
+            raise InputError(f"{self.name} is {path}, which did not come with the data set: choose another data set")
+        return path.open("rb")
 
 
 def load_captioned_images(
@@ -77,8 +83,9 @@ def load_captioned_images(
             or caption.
     """
     dataset, place = _load(name, config, split), f"{name} [{split}]"
-    images = _images(dataset, image_column or "image", "image_column", place)
-    masks = _images(dataset, mask_column, "mask_column", place) if mask_column else [None] * len(images)
+    folders = None if Path(name).expanduser().exists() else _caches()
+    images = _images(dataset, image_column or "image", "image_column", place, folders)
+    masks = _images(dataset, mask_column, "mask_column", place, folders) if mask_column else [None] * len(images)
     captions = _captions(dataset, caption_column, {image_column or "image", mask_column}, instance_prompt, place)
     return [
         CaptionedImage(_required(image, row, place), caption, mask)
@@ -127,7 +134,18 @@ def _pick_split(loaded: "Dataset | DatasetDict", name: str, split: str) -> "Data
     return loaded
 
 
-def _images(dataset: "Dataset", column: str, setting: str, place: str) -> list[ImageSource | None]:
+def _caches() -> tuple[Path, ...]:
+    """Returns the folders that files from the Hub are in."""
+    from datasets import config
+
+    names = [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH]
+    names += [os.environ["HF_HUB_CACHE"]] if "HF_HUB_CACHE" in os.environ else []
+    return tuple(Path(name).expanduser().resolve() for name in names)
+
+
+def _images(
+    dataset: "Dataset", column: str, setting: str, place: str, folders: tuple[Path, ...] | None
+) -> list[ImageSource | None]:
     """Returns the picture of each row, None where it is empty."""
     from datasets import Image
 
@@ -138,7 +156,8 @@ def _images(dataset: "Dataset", column: str, setting: str, place: str) -> list[I
     elif not _is_text(feature) and not (isinstance(feature, dict) and {"bytes", "path"} <= set(feature)):
         raise InputError(f"{place}: {column!r} holds {feature}: name a column of images as data.init_args.{setting}")
     where = f"{place}, column {column!r}"
-    return [DatasetImage(alone, row, where) if is_there else None for row, is_there in enumerate(_there(alone))]
+    rows = enumerate(_there(alone))
+    return [DatasetImage(alone, row, where, folders) if is_there else None for row, is_there in rows]
 
 
 def _there(column: "Dataset") -> Iterator[bool]:

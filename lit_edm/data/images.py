@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lit_edm.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
 OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")  # pictures that are not read
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What is read, whatever a file is called: not, say, PostScript, which is a program that Pillow would have run."""
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_EXIF = (b"eXIf", b"iTXtXML:com.adobe.xmp", b"tEXtRaw profile type exif", b"zTXtRaw profile type exif")
 
@@ -67,7 +70,7 @@ class ImageSource(ABC):
     @contextmanager
     def opened(self) -> Iterator[Image.Image]:
         """Opens the picture with Pillow; what goes wrong before it is closed is blamed on the picture."""
-        with self._blamed(), self.open() as file, Image.open(file) as image:
+        with self._blamed(), self.open() as file, Image.open(file, formats=FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # here Pillow only warns
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             yield image
@@ -82,7 +85,7 @@ class ImageSource(ABC):
             limit = f"more than {Image.MAX_IMAGE_PIXELS} pixels are refused as a decompression bomb"
             raise InputError(f"{self.name} is too large ({limit}): delete it or save it smaller") from error
         except Exception as error:  # damage makes Pillow raise OSError, SyntaxError, struct.error, EOFError, ...
-            why = " ".join(str(error).split())
+            why = "it is none" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
             raise InputError(f"{self.name} cannot be read as an image ({why}): delete it or save it again") from error
 
 
@@ -139,12 +142,14 @@ def find_images(root: Path) -> list[Path]:
     files = [path for path in root.rglob("*") if path.is_file()]
     seen = sorted(path for path in files if not is_hidden(path, root))
     images = [path for path in seen if path.suffix.lower() in SUFFIXES]
-    if others := [path for path in seen if path.suffix.lower() in OTHER_SUFFIXES]:
-        formats = ", ".join(sorted({path.suffix.lower() for path in others}))
-        logger.warning("%d picture(s) left out (%s), the first: %s; save them as PNG", len(others), formats, others[0])
+    others = [path for path in seen if path.suffix.lower() in OTHER_SUFFIXES]
+    formats = ", ".join(sorted({path.suffix.lower() for path in others}))
     if not images:
         looked_for = f"{', '.join(SUFFIXES)}; other files there: {len(files)}"
-        raise InputError(f"{root} holds no images ({looked_for}): put some there or correct data.init_args.root")
+        remedy = f"save its {formats} as PNG" if others else "put some there"
+        raise InputError(f"{root} holds no images ({looked_for}): {remedy} or correct data.init_args.root")
+    if others:
+        logger.warning("%d picture(s) left out (%s), the first: %s; save them as PNG", len(others), formats, others[0])
     return images
 
 

@@ -71,7 +71,7 @@ def _mask(row: Row, column: str | None) -> Path | None:
     if column is None or row.columns.get(column) in (None, ""):
         return None
     mask = row.file(column, "mask_column")
-    if not mask.is_file():
+    if not row.is_there(mask):
         raise InputError(f"{row}: no mask {mask} found: add it or leave {column!r} empty")
     return mask
 

@@ -55,6 +55,8 @@ class PromptsDataModule(LightningDataModule):
                 raise InputError(f"data.init_args.{key} is empty: give at least one, or remove the line")
         if min(self.seeds) < 0:
             raise InputError(f"data.init_args.seeds: {min(self.seeds)} is negative: give 0 or more")
+        if max(self.seeds) >= 2**64:
+            raise InputError(f"data.init_args.seeds: {max(self.seeds)} is too large: give less than {2**64}")
         self.all_prompts = [*self.prompts, *self._lines()]
         if not self.all_prompts:
             raise InputError("there is no prompt: write some in data.init_args.prompts, or name a prompts_file")

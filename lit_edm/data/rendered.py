@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -97,10 +98,19 @@ def check_rendered(image: ImageFile, prompt: str, size: Size) -> None:
         told = opened.info.get(TOLD_IN)
     if told is None:  # of the user's own
         return
-    rendered, wanted = json.loads(told), {"prompt": prompt, "size": list(size)}
+    rendered, wanted = read_told(told), {"prompt": prompt, "size": list(size)}
     for key, value in wanted.items():
-        if rendered[key] != value:
+        if rendered.get(key) != value:
             raise InputError(
-                f"{image.name} was rendered with {key} {rendered[key]!r}, but the prior now asks for {value!r}: delete "
-                "it and its like, or name another folder as the prior's root"
+                f"{image.name} was rendered with {key} {rendered.get(key)!r}, but the prior now asks for {value!r}: "
+                "delete it and its like, or name another folder as the prior's root"
             )
+
+
+def read_told(told: object) -> dict[str, Any]:
+    """Returns what an image says that it was rendered from; empty if that cannot be understood."""
+    try:
+        rendered = json.loads(str(told))
+    except (ValueError, RecursionError):
+        return {}
+    return rendered if isinstance(rendered, dict) else {}

@@ -34,6 +34,8 @@ class Row:
         value = self.columns[column]
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{self}: {column!r} is {value!r}: write some text there")
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):  # which JSON can spell
+            raise InputError(f"{self}: {column!r} is {value[:80]!r}, with what is no character in it: write it anew")
         return value
 
     def file(self, column: str, setting: str) -> Path:
@@ -41,13 +43,25 @@ class Row:
         folder, name = self.path.parent, Path(self.text(column, setting))
         if name.is_absolute() or ".." in name.parts:
             raise InputError(f"{self}: {str(name)!r} leads out of the folder: write it relative to {folder}")
+        # In the Hub's cache all files are links to a folder beside, the table as well.
+        homes, target = (folder.resolve(), self.path.resolve().parent), (folder / name).resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise InputError(f"{self}: {str(name)!r} is a link that leads out of {folder}: put the file itself there")
         return folder / name
+
+    def is_there(self, path: Path) -> bool:
+        """Tells whether a path that the row names is a file."""
+        try:
+            return path.is_file()
+        except OSError:  # no file has so long a name
+            return False
 
 
 def find_tables(root: Path) -> dict[Path, Path]:
     """Finds the tables in a folder and the folders below it; returns that of each folder with one."""
     found: dict[Path, Path] = {}
-    for path in sorted(path for name in READERS for path in root.rglob(name) if not is_hidden(path, root)):
+    paths = [path for name in READERS for path in root.rglob(name) if path.is_file() and not is_hidden(path, root)]
+    for path in sorted(paths):
         if other := found.get(path.parent):
             raise InputError(f"{path.parent} has both {other.name} and {path.name}: delete one of them")
         found[path.parent] = path
@@ -72,7 +86,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parse_json(place: str, line: str) -> dict[str, Any]:
     try:
         columns = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError of lists in lists in lists
         raise InputError(f"{place}: not JSON ({error}): write one object a line") from error
     if not isinstance(columns, dict):
         raise InputError(f'{place}: not a JSON object: write it as {{"file_name": ..., "text": ...}}')

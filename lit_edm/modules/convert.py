@@ -1,6 +1,5 @@
 """From what a run or another program has left to the formats that programs read: what scripts/export.py does."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,12 +7,16 @@ from typing import Any
 
 import torch
 
+from lit_edm import sdxl
 from lit_edm.errors import InputError
 from lit_edm.modules.sdxl import SDXLModule
-from lit_edm.sdxl import SDXLCheckpoint
+from lit_edm.sdxl import Adapter, SDXLCheckpoint
 from lit_edm.sdxl.export import Exported, Format, export, write_adapter
 from lit_edm.sdxl.formats import Precision, read_adapter, trains_weights, write_merged
 from lit_edm.sdxl.injection import weights_of
+
+SETTINGS = ("pretrained", "vae", "variant", "revision", "tokens", "pool_at_end", "clip_skip")
+"""What an export has to know of a run, beside its adapters."""
 
 
 def convert(
@@ -79,11 +82,38 @@ def load_module(path: Path) -> SDXLModule:
         raise InputError(f"{path}: it is damaged, or no checkpoint of a run of lit-edm; name another one") from error
     if not class_path.endswith(".SDXLModule"):
         raise InputError(f"{path}: it is of {class_path}; only what an SDXLModule has trained can be exported")
-    with warnings.catch_warnings():  # about every frozen weight, which the base has
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
-        module = SDXLModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    module = module_of(checkpoint, path)
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, value in checkpoint["callbacks"].get("ExponentialMovingAverage", {}).get("average", {}).items():
             parameters[name].copy_(value)
     return module.eval()
+
+
+def module_of(checkpoint: dict[str, Any], path: Path) -> SDXLModule:
+    """Makes the module that a checkpoint is of, without what only training needs: optimizer, loss, caches.
+
+    The checkpoint may be a stranger's, and Lightning would import and call whatever its settings name.
+    """
+    settings = checkpoint["hyper_parameters"]
+    adapters: dict[str, Any] = {key: adapter_of(settings.get(key), path) for key in ("adapter", "text_encoder_adapter")}
+    module = SDXLModule(**{key: settings[key] for key in SETTINGS if key in settings}, **adapters)
+    state = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("loss_parts.")}
+    module.on_load_checkpoint({**checkpoint, "state_dict": state})
+    module.load_state_dict(state, strict=False)
+    return module
+
+
+def adapter_of(settings: Any, path: Path) -> Adapter | None:
+    """Makes an adapter of this package from a checkpoint's settings.
+
+    Raises:
+        InputError: The settings name another class.
+    """
+    if settings is None:
+        return None
+    name = str(settings["class_path"]) if isinstance(settings, dict) else str(settings)
+    kind = getattr(sdxl, name.rpartition(".")[2], None) if name.startswith("lit_edm.sdxl.") else None
+    if not isinstance(kind, type) or not issubclass(kind, Adapter):
+        raise InputError(f"{path}: its adapter is {name}, none of this package; load it in Python, for convert_module")
+    return kind(**settings.get("init_args", {}))

@@ -27,6 +27,17 @@ class Adapter(ABC):
             without: Layers to leave as they are, such as those that get no gradient: their names, or patterns.
         """
 
+    def check(self, network: nn.Module, without: Sequence[str] = ()) -> None:  # noqa: B027 (a class may leave it out)
+        """Finds mistakes before weights are loaded.
+
+        Args:
+            network: One whose parameters have shapes, but no values (on the meta device).
+            without: Layers to leave as they are, as above.
+
+        Raises:
+            InputError: This would be raised with the weights, too.
+        """
+
     @abstractmethod
     def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
         """Lets the network compute what the untouched base computes, as long as the context is open."""
@@ -48,14 +59,22 @@ class FullFinetune(Adapter):
         Raises:
             InputError: A block is not in the network.
         """
-        layers = {
-            name: layer
+        for name in self.layers(network):
+            if not any(matches(name, pattern) for pattern in without):
+                train_in_float32(network.get_submodule(name).parameters(recurse=False))
+
+    def check(self, network: nn.Module, without: Sequence[str] = ()) -> None:
+        """Raises InputError if a block is not in the network."""
+        self.layers(network)
+
+    def layers(self, network: nn.Module) -> list[str]:
+        """Returns the names of the layers of all blocks."""
+        names = [
+            name
             for name, layer in network.named_modules()
             if not isinstance(layer, nn.Embedding) and next(layer.parameters(recurse=False), None) is not None
-        }
-        for name in chosen(list(layers), self.blocks, f"{adapter_key(network)}.init_args.blocks"):
-            if not any(matches(name, pattern) for pattern in without):
-                train_in_float32(layers[name].parameters(recurse=False))
+        ]
+        return chosen(names, self.blocks, f"{adapter_key(network)}.init_args.blocks")
 
     def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
         """Raises InputError: there is no copy of the base."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from lit_edm.errors import InputError
 from lit_edm.sdxl.adapters import Adapter, FullFinetune
 from lit_edm.sdxl.checkpoint import SDXLCheckpoint
 from lit_edm.sdxl.latents import vae_factor
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 BUILT_IN = {
     EDMPreconditioning: "EDM-native",
@@ -132,6 +136,36 @@ def check_what_is_trained(
                     f"model.init_args.{group}_{setting} is {value}, but model.init_args.{key} is not given, so there "
                     "is nothing that it could apply to; give it or remove the line"
                 )
+
+
+def check_initializers(
+    initializers: Mapping[str, str], counts: Mapping[str, int], tokenizer: "CLIPTokenizer"
+) -> list[str]:
+    """Finds words that no token starts from.
+
+    Args:
+        initializers: For a placeholder, words that its tokens start from.
+        counts: Number of tokens of each placeholder.
+        tokenizer: Of the base.
+
+    Returns:
+        A line for each placeholder of which some of the words would be left out.
+
+    Raises:
+        InputError: An initializer is blank.
+    """
+    warnings = []
+    for word, initializer in initializers.items():
+        key = f"model.init_args.initializers: '{initializer}' of {word}"
+        pieces = tokenizer(initializer, add_special_tokens=False).input_ids
+        if not pieces:
+            raise InputError(f"{key} has no token; write a word, or leave it out")
+        if len(pieces) > counts[word]:
+            warnings.append(
+                f"{key} is {len(pieces)} tokens of the vocabulary, of which the first {counts[word]} are taken; to "
+                f"start from all of them, write {len(pieces)} in model.init_args.tokens"
+            )
+    return warnings
 
 
 def latent_statistics_differ(checkpoint: SDXLCheckpoint) -> bool:

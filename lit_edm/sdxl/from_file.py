@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_edm.errors import InputError
 from lit_edm.sdxl.adapters import Adapter
 from lit_edm.sdxl.formats import read_adapter
-from lit_edm.sdxl.injection import inject
+from lit_edm.sdxl.injection import fitting, inject
 from lit_edm.sdxl.layers import adapter_key, is_text_encoder, matches, network_name
 from lit_edm.sdxl.low_rank import without_updates
-from lit_edm.sdxl.updates import AdapterWeights
+from lit_edm.sdxl.updates import AdapterWeights, LayerUpdate
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,45 @@ class FromFile(Adapter):
         Raises:
             InputError: The file cannot be read, has no updates of the network, or is for another base.
         """
-        source = f"{adapter_key(network)}.init_args.path: {self.path}"
-        networks, name = read_adapter(Path(self.path).expanduser()).networks, network_name(network)
-        if not networks.keys() & ({"text_encoder", "text_encoder_2"} if is_text_encoder(network) else {"unet"}):
-            raise InputError(f"{source} has updates of {', '.join(networks) or 'nothing'}, not of {name}; write null")
-        updates = networks.get(name, {})
+        name, updates = network_name(network), self.updates_of(network)
         resting = {layer for layer in updates if any(matches(layer, pattern) for pattern in without)}
         for trainable in (True, False):
             part = {layer: update for layer, update in updates.items() if (layer in resting) != trainable}
-            inject(AdapterWeights({name: part}), {name: network}, trainable, source=source)
+            inject(AdapterWeights({name: part}), {name: network}, trainable, source=self.source(network))
+
+    def check(self, network: nn.Module, without: Sequence[str] = ()) -> None:
+        """Raises InputError if the file cannot be read, has no updates of the network, or is for another base."""
+        fitting(self.updates_of(network), network, self.source(network))
+
+    def source(self, network: nn.Module) -> str:
+        """Returns what messages call the file: its key in the config, and its path."""
+        return f"{adapter_key(network)}.init_args.path: {self.path}"
+
+    def updates_of(self, network: nn.Module) -> Mapping[str, LayerUpdate]:
+        """Reads the updates of a network, by its layers' published names; none if all are the other text encoder's.
+
+        Raises:
+            InputError: The file cannot be read, or has no updates of such a network.
+        """
+        networks = read(self.path, f"{adapter_key(network)}.init_args.path").networks
+        if not networks.keys() & ({"text_encoder", "text_encoder_2"} if is_text_encoder(network) else {"unet"}):
+            raise InputError(
+                f"{self.source(network)} has updates of {', '.join(networks) or 'nothing'}, not of "
+                f"{network_name(network)}; write null"
+            )
+        return networks.get(network_name(network), {})
 
     def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
         """Leaves out the updates, as long as the context is open."""
         return without_updates(network)
+
+
+def read(path: str, key: str) -> AdapterWeights:
+    """Reads an adapter; an InputError names the key of the config that names the file."""
+    try:
+        return read_adapter(Path(path).expanduser())
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
 
 
 @torch.no_grad()
@@ -61,12 +87,19 @@ def start_embeddings(path: str, rows: Mapping[str, nn.Parameter]) -> None:
     Raises:
         InputError: The file cannot be read, has no embeddings, others than there are tokens, or those of another base.
     """
-    found = read_adapter(Path(path).expanduser()).embeddings
+    found = read_embeddings(path, {name: tuple(values.shape) for name, values in rows.items()})
     for name, values in rows.items():
+        values.copy_(found[name])
+
+
+def read_embeddings(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+    """Reads embeddings of the shapes, (N, D1) and (N, D2), that clip_l and clip_g are to have; see start_embeddings."""
+    found = read(path, "model.init_args.embeddings").embeddings
+    for name, wanted in shapes.items():
         shape = tuple(found[name].shape) if name in found else "missing"
-        if shape != tuple(values.shape):
+        if shape != wanted:
             raise InputError(
                 f"model.init_args.embeddings: {path}: {name} is {shape}, but model.init_args.tokens and the base want "
-                f"{tuple(values.shape)} (tokens, values of each); name a file of as many tokens and of this base"
+                f"{wanted} (tokens, values of each); name a file of as many tokens and of this base"
             )
-        values.copy_(found[name])
+    return found

@@ -33,16 +33,16 @@ class LowRankAdapter(Adapter):
 
     Args:
         rank: Rank of the updates, at least 1.
-        alpha: Updates are scaled by alpha / rank; the rank if not given.
+        alpha: Updates are scaled by alpha / rank, > 0; the rank if not given.
         target_modules: Ends of the names of the layers to update; those of attention if not given.
         blocks: Patterns that choose among these layers; all of them if empty.
         dropout: Share dropped at random in training, in [0, 1): of the inputs of A in LoRA, DoRA and LoCon, of the
             rows of the update in LoHa and LoKr.
         ranks: Ranks for layers by pattern; of several that match the last counts.
-        alphas: Alphas for layers by pattern; of several that match the last counts.
+        alphas: Alphas for layers by pattern, > 0; of several that match the last counts.
 
     Raises:
-        InputError: A rank is below 1, or dropout is outside [0, 1).
+        InputError: A rank is below 1, an alpha is not positive, or dropout is outside [0, 1).
     """
 
     rank: int = 8
@@ -59,6 +59,8 @@ class LowRankAdapter(Adapter):
     def __post_init__(self) -> None:
         check(self, "rank", self.rank >= 1, "1 or more")
         check(self, "ranks", all(rank >= 1 for rank in self.ranks.values()), "1 or more for each pattern")
+        check(self, "alpha", self.alpha is None or self.alpha > 0, "positive")
+        check(self, "alphas", all(alpha > 0 for alpha in self.alphas.values()), "positive for each pattern")
         check(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
 
     @abstractmethod
@@ -76,6 +78,10 @@ class LowRankAdapter(Adapter):
         if sizes := self.sizes(network, without):
             inject_adapter_in_model(self.peft_config(sizes), network)
             train_in_float32(parameter for parameter in network.parameters() if parameter.requires_grad)
+
+    def check(self, network: nn.Module, without: Sequence[str] = ()) -> None:
+        """Raises InputError if a target or a pattern means no linear layer or convolution."""
+        self.sizes(network, without)
 
     def disabled(self, network: nn.Module) -> AbstractContextManager[None]:
         """Leaves out the updates, as long as the context is open."""

@@ -57,14 +57,19 @@ def merge_files(
 
 def card(title: str, adapters: Mapping[str, AdapterWeights], weights: Sequence[float], merge: Merge) -> str:
     """Returns what was merged and how, and what the tokens are called now, Markdown."""
-    rows = [[as_code(path), f"{weight:g}"] for path, weight in zip(adapters, weights, strict=True)]
+    rows = [[code_cell(path), f"{weight:g}"] for path, weight in zip(adapters, weights, strict=True)]
     parts = [f"# {as_cell(title)}", f"Merged with lit_edm: {as_code(str(merge))}.", table(["adapter", "weight"], rows)]
     if renamed := renamed_tokens(adapters):
         names = [
-            [as_code(text) for text in (tokens.path, tokens.old_word, tokens.old_tokens, tokens.word, tokens.tokens)]
+            [code_cell(text) for text in (tokens.path, tokens.old_word, tokens.old_tokens, tokens.word, tokens.tokens)]
             for tokens in renamed
         ]
         titles = ["adapter", "placeholder there", "tokens there", "placeholder", "tokens"]
         how = "Prompts for diffusers name the tokens of the last column; for Forge and AUTOMATIC1111, the placeholder."
         parts += ["## Trigger words", how, table(titles, names)]
     return "\n\n".join(parts) + "\n"
+
+
+def code_cell(text: str) -> str:
+    """Marks words as code for a cell of a table, which a bar would end even there."""
+    return as_code(text).replace("|", r"\|")

@@ -31,7 +31,7 @@ class Placeholders:
     def __post_init__(self) -> None:
         for word, count in self.counts.items():
             if not word.strip() or count < 1:
-                raise InputError(f"model.init_args.tokens: '{word}: {count}' must map a word to one token or more")
+                raise InputError(f"model.init_args.tokens: {word!r} has {count} tokens; write a word, and 1 or more")
 
     @property
     def tokens(self) -> dict[str, list[str]]:

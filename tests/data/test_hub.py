@@ -237,3 +237,14 @@ def test_datasets_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"dataset is nobody/nothing.*not installed: pip install 'lit-edm\[data\]'"):
         load_captioned_images("nobody/nothing")
+
+
+def test_data_sets_of_the_hub_name_no_files_of_this_computer(
+    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: make())
+    stray, _ = load_captioned_images("someone/pictures")
+    with pytest.raises(InputError, match=r"row 0 .* is .*red\.png, which did not come with the data set"):
+        stray.image.check()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # where the pictures are
+    assert _colors(load_captioned_images("someone/pictures")) == RED_AND_BLUE

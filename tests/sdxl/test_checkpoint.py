@@ -86,7 +86,9 @@ def test_a_variant_is_loaded(tiny: Path, tmp_path: Path) -> None:
     checkpoint = SDXLCheckpoint(str(tmp_path), variant="fp16")
     assert checkpoint.load_unet(torch.bfloat16).conv_in.weight.dtype == torch.bfloat16
     assert checkpoint.load_vae(torch.float32).dtype == torch.float32
-    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+    with pytest.raises(
+        InputError, match=r"unet holds config\.json, .*fp16.*, but no diffusion_pytorch_model\.safetensors;"
+    ):
         SDXLCheckpoint(str(tmp_path)).load_unet(torch.float32)
 
 

@@ -19,6 +19,11 @@ def update_of(factors: Mapping[str, Tensor], scale: float | None = None) -> Laye
     Raises:
         InputError: Factors are missing, do not fit together, or are of a kind that is not known.
     """
+    for name, value in factors.items():
+        if value.numel() == 0 or (name == "alpha" and value.numel() != 1):
+            raise InputError(f"{name} has the shape {tuple(value.shape)}; have it exported again")
+        if name not in ("alpha", "dora_scale") and value.ndim < 2:
+            raise InputError(f"{name} has the shape {tuple(value.shape)}, which is no matrix; have it exported again")
     scale = scale_of(factors) if scale is None else scale
     if not factors.keys() & {"lora_down.weight", "lora_up.weight"}:
         if "dora_scale" in factors:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lit_edm.errors import InputError
+from lit_edm.sdxl.json_object import read_object
 from lit_edm.sdxl.updates import AdapterWeights, LayerUpdate, LoHaUpdate, LoKrUpdate, LoRAUpdate
 
 KEY = "lora_adapter_metadata"
 """Under which diffusers has peft's settings in a header, JSON, each after its network's name."""
+
+NAME = r"(?:\.\*)?(?:\w|-|\\?\.)*"
+CHOICE = re.compile(rf"\^?(?:\((?:\?:)?{NAME}(?:\|{NAME})*\)|{NAME})\$?")
 
 TOKENS_KEY = "lit_edm_tokens"
 """Under which this package has the number of tokens of each placeholder in a header, JSON."""
@@ -32,15 +36,23 @@ class AdapterMetadata:
         """Reads a header.
 
         Raises:
-            InputError: The adapter is the difference to another base than the file is for.
+            InputError: The adapter is the difference to another base than the file is for, or what the header says
+                cannot be understood.
         """
-        settings = json.loads(header.get(KEY, "{}"))
+        settings = header_object(header, KEY, path)
         for key, value in settings.items():
             start = str(value).partition("_")[0]
             if key.endswith(".init_lora_weights") and start in ("pissa", "olora", "corda", "loftq"):
                 raise InputError(
                     f"{path}: its header says that {start} has taken a part out of the base, which the file does not "
                     "hold; have it exported as a LoRA for the base"
+                )
+            name = key.rpartition(".")[2]
+            alphas = {"lora_alpha": {"": value}, "alpha_pattern": value or {}}.get(name, {})
+            if not isinstance(alphas, dict) or not all(map(is_alpha, alphas, alphas.values())):
+                raise InputError(
+                    f"{path}: its header says {key} is {json.dumps(value)[:80]}, which cannot be understood; "
+                    "have it exported again"
                 )
         return cls(settings)
 
@@ -55,6 +67,26 @@ class AdapterMetadata:
             ):
                 alpha = value
         return alpha / (rank**0.5 if self.settings.get(f"{network}.use_rslora") else rank)
+
+
+def is_alpha(pattern: str, alpha: object) -> bool:
+    """Tells whether an alpha is a number and its pattern a choice of names, as peft writes them.
+
+    Any other expression could be one that takes for ever to match.
+    """
+    return isinstance(alpha, int | float) and abs(alpha) < 1e9 and CHOICE.fullmatch(pattern) is not None
+
+
+def header_object(header: Mapping[str, str], key: str, path: Path) -> dict[str, Any]:
+    """Returns what a header has under a key, a JSON object; empty if there is nothing.
+
+    Raises:
+        InputError: It is something else.
+    """
+    try:
+        return read_object(header.get(key, "{}"))
+    except ValueError as error:
+        raise InputError(f"{path}: its header's {key} cannot be read ({error}); have it exported again") from error
 
 
 def diffusers_header(networks: Mapping[str, Mapping[str, LoRAUpdate]], rank: int) -> dict[str, str]:

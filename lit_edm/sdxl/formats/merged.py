@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +62,21 @@ def write_merged(
 
 
 def load(base: SDXLCheckpoint) -> "StableDiffusionXLPipeline":
-    """Loads all parts of a base, float32."""
+    """Loads all parts of a base, float32: those of SDXL, whatever classes its model_index.json names."""
     from diffusers import StableDiffusionXLPipeline
 
-    base.scheduler_config()  # which says clearly if there is no such base
-    parts: dict[str, Any] = {"vae": base.load_vae(torch.float32)} if base.vae else {}
-    return StableDiffusionXLPipeline.from_pretrained(
-        base.pretrained, variant=base.variant, revision=base.revision, torch_dtype=torch.float32, **parts
+    scheduler = base.load_scheduler()
+    base.check_files()
+    (tokenizer, tokenizer_2), encoders = base.load_tokenizers(), base.load_text_encoders(torch.float32)
+    return StableDiffusionXLPipeline(
+        vae=base.load_vae(torch.float32),
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=base.load_unet(torch.float32),
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=base.zeros_for_empty_prompt(),
     )
 
 

@@ -133,7 +133,13 @@ def write_embeddings(weights: AdapterWeights, path: Path, precision: Precision =
 def write(
     tensors: Mapping[str, Tensor], path: Path, precision: Precision, header: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes a safetensors file, whole or not at all; returns its path."""
+    """Writes a safetensors file, whole or not at all; returns its path.
+
+    Raises:
+        InputError: What should be its folder is a file.
+    """
+    if path.parent.exists() and not path.parent.is_dir():
+        raise InputError(f"{path.parent} is a file: name a folder to write to")
     contents = {
         name: value if name.endswith(".alpha") else value.to(DTYPES[precision]) for name, value in tensors.items()
     }

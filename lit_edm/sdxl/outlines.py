@@ -1,0 +1,63 @@
+"""The networks of a base without their weights, to find what does not fit them before any are loaded: in a blink."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lit_edm.sdxl.adapters import Adapter
+from lit_edm.sdxl.checkpoint import KEY, SDXLCheckpoint
+from lit_edm.sdxl.conditioning import without_gradient
+from lit_edm.sdxl.from_file import read_embeddings
+from lit_edm.sdxl.parts import load_part
+
+
+def check_unet(checkpoint: SDXLCheckpoint, adapter: Adapter) -> None:
+    """Raises InputError if an adapter cannot be put on the UNet."""
+    from diffusers import UNet2DConditionModel as UNet
+
+    adapter.check(outline(checkpoint, "unet", UNet.load_config, UNet.from_config))
+
+
+def check_text_encoders(
+    checkpoint: SDXLCheckpoint, adapter: Adapter | None, clip_skip: int, embeddings: str | None, tokens: int
+) -> None:
+    """Raises InputError if an adapter or embeddings from a file cannot be put on the text encoders.
+
+    Args:
+        checkpoint: Where they are.
+        adapter: What is trained of them; nothing if not given.
+        clip_skip: Hidden layers to skip; those after them get no gradient.
+        embeddings: File or folder that new tokens start from; none if not given.
+        tokens: Number of new tokens.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    first = outline(checkpoint, "text_encoder", CLIPTextConfig.from_pretrained, CLIPTextModel)
+    second = outline(checkpoint, "text_encoder_2", CLIPTextConfig.from_pretrained, CLIPTextModelWithProjection)
+    if adapter is not None:
+        if clip_skip + 1 < first.config.num_hidden_layers:
+            adapter.check(first, without_gradient(first, clip_skip))
+        adapter.check(second)
+    if embeddings is not None:
+        widths = {"clip_l": first.config.hidden_size, "clip_g": second.config.hidden_size}
+        read_embeddings(embeddings, {name: (tokens, width) for name, width in widths.items()})
+
+
+def outline(
+    checkpoint: SDXLCheckpoint, part: str, read_config: Callable[..., Any], from_config: Callable[[Any], Any]
+) -> Any:
+    """Makes a part whose parameters have no values.
+
+    Args:
+        checkpoint: Where its config is.
+        part: Its sub-folder.
+        read_config: Reads the config of a folder or of the Hub.
+        from_config: Makes the part.
+    """
+
+    def make(source: str, variant: str | None, **settings: Any) -> Any:
+        with torch.device("meta"):
+            return from_config(read_config(source, **settings))
+
+    return load_part(KEY, checkpoint.pretrained, part, make, variant=checkpoint.variant, revision=checkpoint.revision)
