@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class ParameterGroups:
@@ -40,9 +41,9 @@ class ParameterGroups:
     def nothing_of_resting(self) -> Tensor | float:
         """Returns 0, a function of every resting parameter where there are several processes.
 
-        DDP expects each parameter to have a part in each loss, or has to look for those that have none.
+        DDP expects each parameter to have a part in each loss, or has to look for those that have none. FSDP does not.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0.0
-        resting = [p for name in self._resting for p in self.parameters.get(name, ())]
+        resting = (p for name in self._resting for p in self.parameters.get(name, ()) if not isinstance(p, DTensor))
         return sum((0 * parameter.sum() for parameter in resting), start=0.0)

@@ -28,10 +28,13 @@ from lit_edm.edm import (
 )
 from lit_edm.errors import InputError
 from lit_edm.modules.diffusion import trainable
+from lit_edm.modules.fsdp2 import ShardedTraining, check_strategy
 from lit_edm.modules.generation import Generation, read_files
 from lit_edm.modules.groups import ParameterGroups
 from lit_edm.modules.prior import teacher_target
 from lit_edm.modules.rendering import SDXLRenderer
+from lit_edm.modules.sharding import agree, shard, unsharded
+from lit_edm.modules.trial import try_optimizer
 from lit_edm.sdxl import (
     Adapter,
     LatentSpace,
@@ -44,6 +47,7 @@ from lit_edm.sdxl import (
 from lit_edm.sdxl.adapters import initial_state
 from lit_edm.sdxl.checks import (
     check_clip_skip,
+    check_initializers,
     check_loss,
     check_preconditioning,
     check_sizes,
@@ -52,12 +56,14 @@ from lit_edm.sdxl.checks import (
     latent_statistics_differ,
 )
 from lit_edm.sdxl.from_file import start_embeddings
+from lit_edm.sdxl.outlines import check_text_encoders, check_unet
+from lit_edm.seeds import run_seed, seed_of, seeded
 
 LOSS_OF_THE_BASE = EDMLoss(UniformTimesteps(), SNRWeighting())
 """Stands for what the base was trained with until its configs are read; SDXL's own."""
 
 
-class SDXLModule(SDXLRenderer):
+class SDXLModule(ShardedTraining, SDXLRenderer):
     """Fine-tunes an SDXL-shaped base: the UNet, the text encoders and, by textual inversion, embeddings of new tokens.
 
     Whether the base predicts epsilon, v or EDM's F, its noise schedule and its latents' statistics are read from its
@@ -154,6 +160,7 @@ class SDXLModule(SDXLRenderer):
                 be trained.
         """
         self.network_dtype()
+        self.checkpoint.check_files()
         base = self.checkpoint.preconditioning()
         check_preconditioning(self.preconditioning or base, base)
         check_clip_skip(self.clip_skip, self.checkpoint)
@@ -163,6 +170,8 @@ class SDXLModule(SDXLRenderer):
                 f"{self.checkpoint.pretrained}; the UNet will see latents that it was not trained on"
             )
         images = getattr(self._trainer, "datamodule", None)
+        if self.device_mesh is not None:
+            check_strategy(self.trainer.strategy, str(self.trainer.precision), stage, images)
         if stage == "predict":
             self.files = read_files(self.generation, self.checkpoint, self.placeholders, images)
             self.fresh = not hasattr(self, "denoiser")
@@ -173,6 +182,8 @@ class SDXLModule(SDXLRenderer):
         if stage == "fit":
             adapters = self.adapter, self.text_encoder_adapter
             check_what_is_trained(*adapters, self.placeholders.counts, self.group_settings)
+            try_optimizer(self.optimizer, self.lr_scheduler, self.trained_groups(), self.group_settings)
+            self.check_networks(images)
         if isinstance(images, DescribesImages) and stage == "fit":
             check_sizes(images.sizes(), self.checkpoint)
             check_teacher(images.needs_teacher, self.adapter, self.text_encoder_adapter)
@@ -187,10 +198,33 @@ class SDXLModule(SDXLRenderer):
                     f"nothing; the first caption is '{images.captions()[0]}'"
                 )
 
+    def check_networks(self, images: object) -> None:
+        """Checks what is put on the networks, and where what they make is kept; see setup."""
+        if self.text_cache is not None:
+            self.text_cache.check("model.init_args.text_cache")
+        if isinstance(cache := getattr(images, "latent_cache", None), TensorCache):
+            cache.check("data.init_args.latent_cache")
+        if self.adapter is not None:
+            check_unet(self.checkpoint, self.adapter)
+        if self.text_encoder_adapter is not None or self.embeddings is not None:
+            count = len(self.placeholders.names)
+            check_text_encoders(self.checkpoint, self.text_encoder_adapter, self.clip_skip, self.embeddings, count)
+        if self.initializers:
+            counts, (tokenizer, _) = self.placeholders.counts, self.checkpoint.load_tokenizers()
+            for warning in check_initializers(self.initializers, counts, tokenizer):
+                rank_zero_warn(warning)
+
     def configure_model(self) -> None:
-        """Loads the networks, once: Lightning calls this for every stage."""
-        if hasattr(self, "denoiser"):
-            return
+        """Loads the networks, once: Lightning calls this for every stage.
+
+        Where what is trained starts follows from the run's seed alone, whatever was drawn before, on all processes.
+        """
+        if not hasattr(self, "denoiser"):
+            with seeded(seed_of(run_seed())):
+                self.load_networks()
+
+    def load_networks(self) -> None:
+        """Loads the networks and puts on them what is trained."""
         if self.loss is LOSS_OF_THE_BASE:
             self.loss = self.checkpoint.pretraining_loss()
         dtype = self.network_dtype()  # of frozen weights; what is trained stays float32
@@ -216,6 +250,10 @@ class SDXLModule(SDXLRenderer):
             unet.enable_gradient_checkpointing()
             self.conditioner.enable_gradient_checkpointing()
         self.denoiser = SDXLDenoiser(unet, self.preconditioning or self.checkpoint.preconditioning())
+        if self.device_mesh is not None:
+            names = self._trained_names()
+            agree((value for name, value in self.state_dict().items() if name in names), self.device)
+            shard(unet, self.device_mesh["data_parallel"], dtype)
         self.groups = ParameterGroups(
             {
                 "unet": trainable(self.denoiser),
@@ -229,7 +267,8 @@ class SDXLModule(SDXLRenderer):
         self.groups.wake()
         images = getattr(self.trainer, "datamodule", None)
         if isinstance(images, NeedsPictures):
-            images.render_missing(self.render_class_images)
+            with unsharded(self):
+                images.render_missing(self.render_class_images)
         if isinstance(images, CachesLatents) and images.fill_cache(self.moments, self.latents.fingerprint()):
             self.latents.release()
         if isinstance(images, DescribesImages) and (long := self.conditioner.too_long(images.captions())):
@@ -258,10 +297,11 @@ class SDXLModule(SDXLRenderer):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Encodes, denoises, weighs; returns the mean loss of the batch."""
-        latents = self.encode(batch)
-        losses = self.loss(self.denoise(batch), latents, **self.target_and_mask(batch, latents))
+        with self.sharing(batch, len(batch["caption"])):
+            latents = self.encode(batch)
+            losses = self.loss(self.denoise(batch), latents, **self.target_and_mask(batch, latents))
         loss = (losses * batch.get("weight", 1.0)).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(latents))
+        self.log_loss(loss, len(latents))
         return loss + self.groups.nothing_of_resting()
 
     def moments(self, image: Tensor) -> Tensor:
@@ -308,6 +348,12 @@ class SDXLModule(SDXLRenderer):
         """Returns what is trained, by the names that callbacks know: unet, text_encoders, embeddings."""
         return self.groups.parameters
 
+    def trained_groups(self) -> list[str]:
+        """Returns the names of the groups that will be trained, known before there are networks."""
+        names = self.placeholders.names
+        given = {"unet": self.adapter, "text_encoders": self.text_encoder_adapter, "embeddings": names}
+        return [name for name, part in given.items() if part]
+
     def set_trained(self, group: str, trained: bool) -> None:
         """Lets a parameter group rest from the next step on, or learn again; who does so drops its gradients too."""
         self.groups.set_trained(group, trained)
@@ -317,19 +363,8 @@ class SDXLModule(SDXLRenderer):
         return list(self.conditioner.new_embeddings().values())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Makes one parameter group each of UNet, text encoders, tokens and the loss's own parameters.
-
-        Raises:
-            InputError: prodigyopt's Prodigy is given several learning rates: it estimates one for all groups.
-        """
-        optimizer = self.make_optimizer(self.groups.for_optimizer(self.group_settings))
-        rates = {group["lr"] for group in optimizer.param_groups}
-        if type(optimizer).__module__.startswith("prodigyopt") and len(rates) > 1:
-            raise InputError(
-                f"model.init_args: learning rates {sorted(rates)} are given, but prodigyopt.Prodigy takes one for all; "
-                "write GroupedProdigy in its place, which has one of each group"
-            )
-        return self.with_schedule(optimizer)
+        """Makes one parameter group each of UNet, text encoders, tokens and the loss's own parameters."""
+        return self.with_schedule(self.make_optimizer(self.groups.for_optimizer(self.group_settings)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what is trained: a few megabytes, whatever the base's size."""

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import re
 import shutil
 import warnings
@@ -7,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -31,6 +33,7 @@ from lit_edm.edm import (
     UniformKarras,
     UniformTimesteps,
 )
+from lit_edm.edm.draws import unit_noise_like
 from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
 from lit_edm.modules.prior import blank_batch, unit_noise
@@ -273,24 +276,32 @@ def test_random_numbers_follow_from_seed_step_and_rank(tiny: Path, monkeypatch: 
         total_batch_idx = 0
 
     class FakeTrainer:
+        world_size = 2
+
         class fit_loop:  # noqa: N801
             epoch_loop = Loop()
 
     module = module_of(tiny)
     module.configure_model()
-    draws = {}
+    draws: dict[tuple[int, int, int], set[tuple[float, ...]]] = {}
+    shared: dict[tuple[int, int], list[float]] = {}
     for seed in (0, 1):
         for step in (0, 1):
             for rank in (0, 1):
                 monkeypatch.setitem(os.environ, "PL_GLOBAL_SEED", str(seed))
                 monkeypatch.setattr(Loop, "total_batch_idx", step)
                 monkeypatch.setattr(SDXLModule, "trainer", FakeTrainer())
+                monkeypatch.setattr(SDXLModule, "_trainer", FakeTrainer(), raising=False)
                 monkeypatch.setattr(SDXLModule, "global_rank", rank)
-                module.on_train_batch_start({}, 0)  # type: ignore[typeddict-item]
-                draws[seed, step, rank] = float(torch.rand(()))
-                module.on_train_batch_start({}, 0)  # type: ignore[typeddict-item]
-                assert float(torch.rand(())) == draws[seed, step, rank]
-    assert len(set(draws.values())) == 8
+                for _ in range(2):
+                    module.on_train_batch_start({}, 0)  # type: ignore[typeddict-item]
+                    drawn = draws.setdefault((seed, step, rank), set())
+                    drawn.add((float(torch.rand(())), random.random(), np.random.random()))  # noqa: NPY002
+                with module.sharing({}, 1):
+                    shared.setdefault((seed, step), []).append(float(unit_noise_like(torch.zeros(1))))
+    assert all(len(drawn) == 1 for drawn in draws.values())
+    assert len({number for drawn in draws.values() for numbers in drawn for number in numbers}) == 3 * 8
+    assert len({number for of_ranks in shared.values() for number in of_ranks}) == 2 * 4  # a row each, of one stream
 
 
 class TestSetup:
