@@ -1,4 +1,7 @@
-"""Writes a tiny SDXL-shaped checkpoint with random weights: `python scripts/make_tiny_sdxl.py build/tiny-sdxl`."""
+"""Writes an SDXL-shaped checkpoint with random weights: `python scripts/make_tiny_sdxl.py build/tiny-sdxl`.
+
+With `--size small` or `--size full` it is one to measure with.
+"""
 
 from jsonargparse import auto_cli
 
