@@ -27,7 +27,7 @@ quickstart: .venv/installed build/tiny-sdxl
 	OMP_NUM_THREADS=1 $(BIN)/lit-edm fit --config configs/quickstart.yaml  # so small a network does not share out well
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 """Where tensors that are costly to make are kept: in memory, or as files."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_edm.files import holds_tensors, read_tensors, write_tensors
+from lit_edm.errors import InputError
+from lit_edm.files import existing, holds_tensors, read_tensors, write_tensors
 
 __all__ = ["DiskCache", "MemoryCache", "TensorCache", "fingerprint"]
 
@@ -27,6 +29,16 @@ class TensorCache(ABC):
     @abstractmethod
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keeps tensors under a key."""
+
+    def check(self, key: str) -> None:  # noqa: B027 (a class may leave it out)
+        """Finds out whether tensors can be kept, before any are made.
+
+        Args:
+            key: Of the config, under which the cache was written.
+
+        Raises:
+            InputError: None could be.
+        """
 
     @property
     @abstractmethod
@@ -67,6 +79,9 @@ class DiskCache(TensorCache):
 
     Args:
         folder: Where the files are.
+
+    Raises:
+        InputError: Something is to be kept, and the folder cannot be written to.
     """
 
     folder: str
@@ -75,7 +90,18 @@ class DiskCache(TensorCache):
         return read_tensors(self.path(key))
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        write_tensors(self.path(key), tensors)
+        try:
+            write_tensors(self.path(key), tensors)
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise InputError(f"DiskCache.folder: {self.folder} cannot be written to: name another folder") from error
+
+    def check(self, key: str) -> None:
+        folder = Path(self.folder).expanduser()
+        there = folder if folder.exists() else existing(folder)
+        if not there.is_dir():
+            raise InputError(f"{key}.init_args.folder: {there} is a file: name a folder")
+        if there != folder and not os.access(there, os.W_OK):  # one that is there may hold all that is asked for
+            raise InputError(f"{key}.init_args.folder: {there} cannot be written to, to make {folder}: name another")
 
     def __contains__(self, key: str) -> bool:
         return holds_tensors(self.path(key))
