@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_edm.errors import InputError
+from lit_edm.modules.sharding import placed_like, whole
+from lit_edm.optim.shards import local
 
 
 class ExponentialMovingAverage(Callback):
@@ -41,7 +43,8 @@ class ExponentialMovingAverage(Callback):
         """Starts from the weights as they are, or goes on with the average of a checkpoint."""
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad:
-                self.average[name] = self.average.get(name, parameter).detach().to(parameter, copy=True)
+                kept = self.average.get(name)
+                self.average[name] = parameter.detach().clone() if kept is None else placed_like(kept, parameter)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the step, which Lightning restores only now."""
@@ -65,7 +68,8 @@ class ExponentialMovingAverage(Callback):
         kept = 0.5 ** (images / half_life) if half_life > 0 else 0.0
         self.images_seen += images
         weights = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - kept)
+        averages = [local(average) for average in self.average.values()]
+        torch._foreach_lerp_(averages, [local(weights[name]) for name in self.average], 1 - kept)
 
     @contextmanager
     def averaged(self, module: LightningModule) -> Iterator[None]:
@@ -107,7 +111,7 @@ class ExponentialMovingAverage(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run goes on with."""
-        return {"average": self.average, "images_seen": self.images_seen}
+        return {"average": {n: whole(value) for n, value in self.average.items()}, "images_seen": self.images_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the average of a checkpoint, which is as it was after its last optimizer step."""

@@ -1,7 +1,10 @@
 """Runs that are asked to end save what they have and do so."""
 
+import atexit
 import os
 import signal
+from contextlib import suppress
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,6 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_edm.checkpoints import save_last
+from lit_edm.errors import InputError
+
+GRACE = 10.0
+"""Seconds that processes have to end by themselves once the one that has started them has failed."""
 
 
 class EndOnSigterm(Callback):
@@ -30,6 +37,11 @@ class EndOnSigterm(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Puts handlers in place of Lightning's, which talks to other processes whatever they are waiting for."""
         self.trainer = trainer
+        if trainer.world_size > 1 and any(getattr(k, "save_on_exception", False) for k in trainer.checkpoint_callbacks):
+            raise InputError(
+                "ModelCheckpoint.save_on_exception must be false where there are several processes: one that fails "
+                "would wait to save with the others, and these for its next step"
+            )
         connector = trainer._signal_connector
         connector._sigterm_notifier_fn = self.ask if stage == "fit" else self.end_at_once  # type: ignore[method-assign]
         if getattr(trainer.strategy.launcher, "procs", None):  # which would go on alone
@@ -73,7 +85,13 @@ class EndOnSigterm(Callback):
             raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves what there is if SIGTERM is why the run ends, to the folder of the first ModelCheckpoint."""
+        """Saves what there is if SIGTERM is why the run ends, to the folder of the first ModelCheckpoint.
+
+        Processes that this one has started end with it, whatever the reason, also those that hang.
+        """
+        for process in getattr(trainer.strategy.launcher, "procs", ()):
+            if isinstance(process, Popen):  # forks are ended by whoever has made them
+                atexit.register(end, process)  # once it has been said what went wrong
         if not isinstance(exception, SIGTERMException) or not self.has_trained:
             return
         if (path := save_last(trainer)) is None:
@@ -93,3 +111,10 @@ def end_if_asked(module: LightningModule) -> None:
         enders = [callback for callback in trainer.callbacks if isinstance(callback, EndOnSigterm)]  # type: ignore[attr-defined]
         if trainer.received_sigterm or any(ender.asked for ender in enders):
             raise SIGTERMException
+
+
+def end(process: Popen[bytes]) -> None:
+    """Waits a while for a process, and kills it if it has not ended then."""
+    with suppress(TimeoutExpired):
+        process.wait(GRACE)
+    process.kill()

@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_edm.callbacks.ema import averaged
 from lit_edm.callbacks.sheet import to_pictures
 from lit_edm.modules import DiffusionModule
+from lit_edm.modules.sharding import unsharded
 
 
 class PictureCallback(Callback, ABC):
@@ -63,12 +64,13 @@ class PictureCallback(Callback, ABC):
         if trainer.global_step == self.rendered_step:
             return
         self.rendered_step = trainer.global_step
-        if trainer.is_global_zero:
-            with suppress(SIGTERMException):  # the others wait below, and all end together
-                with averaged(trainer, module), trainer.precision_plugin.forward_context():
-                    pictures = to_pictures(self.render(module))
-                self.save(pictures, folder)
-                self.log_images(trainer, pictures)
+        with averaged(trainer, module), unsharded(module):
+            if trainer.is_global_zero:
+                with suppress(SIGTERMException):  # the others wait below, and all end together
+                    with trainer.precision_plugin.forward_context():
+                        pictures = to_pictures(self.render(module))
+                    self.save(pictures, folder)
+                    self.log_images(trainer, pictures)
         trainer.strategy.barrier(type(self).__name__)
 
     def is_due(self, trainer: Trainer) -> bool:

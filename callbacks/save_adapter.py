@@ -15,6 +15,7 @@ from lit_edm.callbacks.validation_images import ValidationImages
 from lit_edm.errors import InputError
 from lit_edm.files import NoRoomError, write_whole
 from lit_edm.modules import SDXLModule
+from lit_edm.modules.sharding import gathered
 from lit_edm.sdxl.card import AdapterFolder
 from lit_edm.sdxl.export import Format, export
 from lit_edm.sdxl.formats import LORA_FILE, Precision
@@ -89,21 +90,28 @@ class SaveAdapter(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: SDXLModule, checkpoint: dict[str, Any]) -> None:
         """Writes what the checkpoint holds, for other programs; if there is no room, warns: the checkpoint matters."""
-        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:  # in validation, too
+        if trainer.state.fn != TrainerFn.FITTING:  # in validation, too
+            return
+        with averaged(trainer, pl_module), gathered(pl_module):
             try:
-                self.write(trainer, pl_module, self.folder / f"step_{trainer.global_step:06d}")
+                if trainer.is_global_zero:
+                    self.write(trainer, pl_module, self.folder / f"step_{trainer.global_step:06d}")
             except NoRoomError as error:
                 rank_zero_warn(f"SaveAdapter leaves out step {trainer.global_step}, and the run goes on: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: SDXLModule) -> None:
         """Writes the result and tells where it is."""
-        if trainer.is_global_zero:
-            described = self.write_at_last(trainer, pl_module)
-            written = [path for path in sorted(self.folder.iterdir()) if not path.name.startswith("step_")]
-            files = "\n".join(f"  {path}" for path in written)
-            rank_zero_info(f"\nThe adapter is ready:\n{files}\n{replace(described, repository=None).how_to_use()}\n")
-            if self.repository is not None:
-                self.upload(self.repository)
+        with averaged(trainer, pl_module), gathered(pl_module):
+            if trainer.is_global_zero:
+                self.tell(self.write_at_last(trainer, pl_module))
+        if trainer.is_global_zero and self.repository is not None:
+            self.upload(self.repository)
+
+    def tell(self, described: AdapterFolder) -> None:
+        """Tells where the result is, and how it is used."""
+        written = [path for path in sorted(self.folder.iterdir()) if not path.name.startswith("step_")]
+        files = "\n".join(f"  {path}" for path in written)
+        rank_zero_info(f"\nThe adapter is ready:\n{files}\n{replace(described, repository=None).how_to_use()}\n")
 
     def write_at_last(self, trainer: Trainer, module: SDXLModule) -> AdapterFolder:
         """Writes the result.
@@ -131,13 +139,14 @@ class SaveAdapter(Callback):
     ) -> AdapterFolder:
         """Writes weights, embeddings, config, pictures and the card, for a repository if it is to be in one.
 
+        What is written of weights is what the module has: all processes lend it the averages, and the whole of shards.
+
         Returns:
             What was written.
         """
         networks = module.networks()
-        with averaged(trainer, module):
-            embeddings, tokens = module.conditioner.new_embeddings(), module.placeholders.counts
-            exported = export(networks, folder, self.name, embeddings, tokens, self.formats, self.precision)
+        embeddings, tokens = module.conditioner.new_embeddings(), module.placeholders.counts
+        exported = export(networks, folder, self.name, embeddings, tokens, self.formats, self.precision)
         prompts, pictures = self.copy_samples(trainer, module, folder)
         described = AdapterFolder(
             folder=folder,

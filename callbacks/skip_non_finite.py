@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lit_edm.callbacks.non_finite import Seen, circumstances, describe, moment, remedy, way_back
 from lit_edm.callbacks.train_during import TrainDuring
 from lit_edm.errors import InputError
+from lit_edm.modules.sharding import total_norm
 from lit_edm.optim import effective_rates
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def gradients_of(parameters: Iterable[nn.Parameter], without: set[nn.Parameter])
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Returns the norm of all entries of tensors, (), on their device; the same on processes that share these out."""
-    return whole(get_total_norm(tensors))
+    return total_norm(tensors)
 
 
 def whole(value: Tensor) -> Tensor:

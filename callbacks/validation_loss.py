@@ -47,8 +47,8 @@ class ValidationLoss(Callback):
         wanted = stage == "fit" and trainer.limit_val_batches != 0
         if wanted and isinstance(data, SummarizesImages) and not data.summary()["held_out"]:
             raise InputError(
-                "ValidationLoss: there are no held-out images; name some (data.init_args.val_root or .held_out), or "
-                "leave the callback out"
+                "ValidationLoss: there are no held-out images; name a folder of some as "
+                "data.init_args.val_root, or leave the callback out"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:

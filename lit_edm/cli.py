@@ -113,17 +113,18 @@ def check_folders(trainer: Trainer) -> None:
             standing(Path(folder))
 
 
-def input_error_behind(error: BaseException | None) -> InputError | None:
+def mistake_behind(error: BaseException | None) -> BaseException | None:
     """Finds the user's mistake that an error comes from: jsonargparse wraps what constructors raise."""
-    while error is not None and not isinstance(error, InputError):
+    while error is not None and not isinstance(error, InputError) and not found_by_lightning(error):
         error = error.__cause__
     return error
 
 
 def found_by_lightning(error: BaseException) -> bool:
-    """Tells whether Lightning raised an error by itself, so that it is about a config and not about a part of ours."""
-    names = (str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__))
-    return all(name == __name__ or not name.startswith("lit_edm.") for name in names)
+    """Tells whether an error is Lightning's own judgement of a config, and does not come from a part of ours in it."""
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    ours = any(name.startswith("lit_edm.") and name != __name__ for name in names)
+    return isinstance(error, MisconfigurationException) and not ours
 
 
 def fail(message: str) -> NoReturn:
@@ -148,11 +149,7 @@ def main(args: ArgsType = None) -> None:
         CLI(args=args)
     except SIGTERMException:  # processes that Lightning started are done; one of them with an error would end all
         sys.exit(TERMINATED if getattr(rank_zero_only, "rank", 0) == 0 else 0)
-    except MisconfigurationException as error:
-        if found_by_lightning(error):
-            fail(str(error))
-        raise
-    except ValueError as error:
-        if mistake := input_error_behind(error):
+    except (MisconfigurationException, ValueError) as error:
+        if mistake := mistake_behind(error):
             fail(str(mistake))
         raise

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_edm.cache import DiskCache, MemoryCache, TensorCache, fingerprint
+from lit_edm.errors import InputError
 
 Tensors = dict[str, Tensor]
 
@@ -144,6 +145,32 @@ class TestDisk:
         assert same(cache.get("a"), tensors())
         assert "b" not in cache
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [cache.path("a")], "nothing is left behind"
+
+    def test_tells_before_anything_is_made_that_nothing_can_be_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "kept").mkdir()
+        for folder in ("file", "file/below"):
+            with pytest.raises(InputError, match=r"^data\.key\.init_args\.folder: .*file is a file: name a folder"):
+                DiskCache(str(tmp_path / folder)).check("data.key")
+        DiskCache(str(tmp_path / "new/below")).check("data.key")
+        monkeypatch.setattr("os.access", lambda *_: False)
+        DiskCache(str(tmp_path / "kept")).check("data.key")  # it may hold all that a run asks for
+        with pytest.raises(InputError, match=r"cannot be written to, to make .*new: name another"):
+            DiskCache(str(tmp_path / "new")).check("data.key")
+        MemoryCache().check("data.key")
+
+    @pytest.mark.parametrize("error", [NotADirectoryError, PermissionError])
+    def test_a_folder_that_cannot_be_written_to(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise error("no")
+
+        monkeypatch.setattr("lit_edm.cache.write_tensors", refuse)
+        with pytest.raises(InputError, match=r"^DiskCache\.folder: .* cannot be written to: name another folder"):
+            DiskCache(str(tmp_path)).put("a", tensors())
 
     def test_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_edm.cli import CLI, main, one_line
+from lit_edm.cli import CLI, main
 
 
 @pytest.fixture
@@ -92,10 +94,10 @@ def test_image_that_does_not_decode(run: Callable[..., str], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["--model=SDXLModul"], "model: no class is called SDXLModul; did you mean SDXLModule?"),
+        (["--model=SDXLModul"], "model: no LightningModule is called SDXLModul; did you mean SDXLModule?"),
         (
             ["--model.loss.weighting=MinSNRWeightin"],
-            "model.init_args.loss.init_args.weighting: no class is called MinSNRWeightin; did you mean MinSNRWeighting",
+            "model.init_args.loss.init_args.weighting: no LossWeighting is called MinSNRWeightin; did you mean Min",
         ),
         (["--trainer.callbacks+=FreezeEmbedding"], "did you mean FreezeEmbeddings?"),
         (["--model.adapter.rankk=3"], "model.init_args.adapter: Option 'rankk' is not accepted"),
@@ -227,8 +229,27 @@ def test_an_error_of_ours_keeps_its_traceback(run: Callable[..., str], monkeypat
         run()
 
 
-def test_messages_without_structure_pass_unchanged() -> None:
-    assert one_line("Option 'x' is not accepted") == "Option 'x' is not accepted"
+def test_what_lightning_refuses_is_one_line(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("--trainer.max_steps=-5").startswith("trainer: `max_steps` must be a non-negative integer or -1")
+    assert run("--trainer.strategy=ddpp").startswith("trainer: You selected an invalid strategy name")
+    keeper = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-5"]
+    assert "save_top_k=-5" in run(*keeper)
+    assert "val_check_interval" in run("--trainer.val_check_interval=1000")
+
+    def misuse(module: LightningModule, *_: object) -> None:
+        module.log("a/dataloader_idx_0", 1.0)
+
+    monkeypatch.setattr("lit_edm.modules.SDXLModule.training_step", misuse)
+    with pytest.raises(MisconfigurationException):  # a mistake of ours, although Lightning finds it
+        run()
+
+
+def test_runs_that_could_not_train_or_write(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert run("--trainer.accumulate_grad_batches=0") == "trainer.accumulate_grad_batches is 0; give 1 or more"
+    assert f"{tmp_path / 'file'} is a file, " in run(f"--trainer.default_root_dir={tmp_path / 'file'}")
+    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'file/logs'}"]
+    assert f"{tmp_path / 'file'} is a file, " in run(*logger)
 
 
 def test_a_resumed_run_is_what_its_config_says(run: Callable[..., str], tmp_path: Path) -> None:

@@ -174,6 +174,15 @@ def test_the_others_end_under_torchrun(tmp_path: Path) -> None:
     assert code != 0
 
 
+@pytest.mark.slow
+def test_one_that_hangs_is_waited_for_as_long_as_the_strategy_says(tmp_path: Path) -> None:
+    strategy = ["--trainer.strategy=DDPStrategy", "--trainer.strategy.timeout=0:00:20"]
+    arguments = [*PIXELS, *strategy, *failing(1, "hangs", "step", tmp_path / "mark")]
+    seconds, code, _ = seconds_to_end(["lit_edm"], arguments, tmp_path)
+    assert seconds < LIMIT
+    assert code != 0
+
+
 def test_nobody_waits_for_one_that_could_not_fill_the_cache(tiny: Path, tmp_path: Path) -> None:
     for index in range(2):
         (tmp_path / "images").mkdir(exist_ok=True)

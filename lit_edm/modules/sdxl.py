@@ -56,7 +56,7 @@ from lit_edm.sdxl.checks import (
     latent_statistics_differ,
 )
 from lit_edm.sdxl.from_file import start_embeddings
-from lit_edm.sdxl.outlines import check_text_encoders, check_unet
+from lit_edm.sdxl.outlines import check_text_encoders, check_unet, check_weights
 from lit_edm.seeds import run_seed, seed_of, seeded
 
 LOSS_OF_THE_BASE = EDMLoss(UniformTimesteps(), SNRWeighting())
@@ -174,6 +174,8 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
             check_strategy(self.trainer.strategy, str(self.trainer.precision), stage, images)
         if stage == "predict":
             self.files = read_files(self.generation, self.checkpoint, self.placeholders, images)
+            for file, weights in self.files.adapters.values():
+                check_weights(self.checkpoint, weights, file.path)
             self.fresh = not hasattr(self, "denoiser")
             return
         if self.loss is LOSS_OF_THE_BASE:

@@ -49,12 +49,16 @@ class LoRA(LowRankAdapter):
         Raises:
             InputError: A target or a pattern means no linear layer or convolution, or a layer cannot start so.
         """
-        for name, size in self.sizes(network, without).items():
-            layer = network.get_submodule(name)
-            check_start(self.init, name, layer, size.rank, f"{adapter_key(network)}.init_args")
+        self.check(network, without)
         super().__call__(network, without)
         for layer in updated_layers(network).values():
             start_from(self.init, layer)
+
+    def check(self, network: nn.Module, without: Sequence[str] = ()) -> None:
+        """Raises InputError if a target or a pattern means no layer, or a layer cannot start so."""
+        for name, size in self.sizes(network, without).items():
+            layer = network.get_submodule(name)
+            check_start(self.init, name, layer, size.rank, f"{adapter_key(network)}.init_args")
 
 
 @dataclass(frozen=True)

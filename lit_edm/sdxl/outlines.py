@@ -9,14 +9,14 @@ from lit_edm.sdxl.adapters import Adapter
 from lit_edm.sdxl.checkpoint import KEY, SDXLCheckpoint
 from lit_edm.sdxl.conditioning import without_gradient
 from lit_edm.sdxl.from_file import read_embeddings
+from lit_edm.sdxl.injection import fitting
 from lit_edm.sdxl.parts import load_part
+from lit_edm.sdxl.updates import AdapterWeights
 
 
 def check_unet(checkpoint: SDXLCheckpoint, adapter: Adapter) -> None:
     """Raises InputError if an adapter cannot be put on the UNet."""
-    from diffusers import UNet2DConditionModel as UNet
-
-    adapter.check(outline(checkpoint, "unet", UNet.load_config, UNet.from_config))
+    adapter.check(unet(checkpoint))
 
 
 def check_text_encoders(
@@ -31,10 +31,7 @@ def check_text_encoders(
         embeddings: File or folder that new tokens start from; none if not given.
         tokens: Number of new tokens.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    first = outline(checkpoint, "text_encoder", CLIPTextConfig.from_pretrained, CLIPTextModel)
-    second = outline(checkpoint, "text_encoder_2", CLIPTextConfig.from_pretrained, CLIPTextModelWithProjection)
+    first, second = text_encoder(checkpoint), text_encoder_2(checkpoint)
     if adapter is not None:
         if clip_skip + 1 < first.config.num_hidden_layers:
             adapter.check(first, without_gradient(first, clip_skip))
@@ -42,6 +39,34 @@ def check_text_encoders(
     if embeddings is not None:
         widths = {"clip_l": first.config.hidden_size, "clip_g": second.config.hidden_size}
         read_embeddings(embeddings, {name: (tokens, width) for name, width in widths.items()})
+
+
+def check_weights(checkpoint: SDXLCheckpoint, weights: AdapterWeights, source: str) -> None:
+    """Raises InputError if updates from a file are for another base; source is what messages call the file."""
+    makers = {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    for name, updates in weights.networks.items():
+        fitting(updates, makers[name](checkpoint), source)
+
+
+def unet(checkpoint: SDXLCheckpoint) -> Any:
+    """Returns the UNet's outline."""
+    from diffusers import UNet2DConditionModel
+
+    return outline(checkpoint, "unet", UNet2DConditionModel.load_config, UNet2DConditionModel.from_config)
+
+
+def text_encoder(checkpoint: SDXLCheckpoint) -> Any:
+    """Returns the first text encoder's outline."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return outline(checkpoint, "text_encoder", CLIPTextConfig.from_pretrained, CLIPTextModel)
+
+
+def text_encoder_2(checkpoint: SDXLCheckpoint) -> Any:
+    """Returns the second text encoder's outline."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return outline(checkpoint, "text_encoder_2", CLIPTextConfig.from_pretrained, CLIPTextModelWithProjection)
 
 
 def outline(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from lit_edm.callbacks import (
 from lit_edm.checkpoints import WholeCheckpointIO, fault_of, find_last
 from lit_edm.data import CaptionedImagesDataModule
 from lit_edm.edm import EulerSampler
+from lit_edm.errors import InputError
 from lit_edm.loggers import ResumableCSVLogger
 from lit_edm.modules import SDXLModule
 from lit_edm.sdxl import LoRA
@@ -260,6 +262,13 @@ def test_by_the_command_line(
     assert "Traceback" not in text
     kept = tmp_path / "kept/last.ckpt"
     assert (fault_of(kept) is None and f"is saved in {kept}" in text) if where == "training_step" else not kept.exists()
+
+
+def test_several_processes_cannot_save_what_one_of_them_raises() -> None:
+    keeper = ModelCheckpoint(save_on_exception=True)
+    trainer: Any = SimpleNamespace(world_size=2, checkpoint_callbacks=[keeper])
+    with pytest.raises(InputError, match="save_on_exception must be false"):
+        EndOnSigterm().setup(trainer, None, "fit")  # type: ignore[arg-type]
 
 
 def ended(process: int) -> bool:

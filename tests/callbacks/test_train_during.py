@@ -135,6 +135,18 @@ def test_a_group_that_is_not_trained(three_groups: Any, trainer: Make, monkeypat
         trainer(TrainDuring("text_encoders", 0.5)).fit(three_groups())
 
 
+def test_a_group_that_is_not_trained_is_told_before_weights_are_loaded(
+    three_groups: Any, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(self: LightningModule) -> None:
+        raise AssertionError("weights would be loaded now")
+
+    monkeypatch.setattr(three_groups, "trained_groups", lambda self: ["unet"], raising=False)
+    monkeypatch.setattr(three_groups, "configure_model", too_late)
+    with pytest.raises(InputError, match="TrainDuring is about embeddings, but the model trains unet; leave"):
+        trainer(TrainDuring("embeddings", 0.5)).fit(three_groups())
+
+
 def test_a_module_without_groups(pixels: Callable[..., LightningModule], patches: Any, trainer: Make) -> None:
     with pytest.raises(InputError, match="TrainDuring is about unet, but the model trains no groups"):
         trainer(TrainDuring("unet", 0.5)).fit(pixels(), patches())

@@ -148,3 +148,10 @@ def test_a_run_without_held_out_images(pixels: Make, patches: Make, trainer: Mak
         run = trainer(ValidationLoss(), max_steps=2)
         run.fit(pixels(), data)
         assert "val/loss" not in run.callback_metrics
+
+
+def test_without_a_folder_of_held_out_images(tiny: Path, icons: Path, trainer: Make) -> None:
+    data = CaptionedImagesDataModule(icons, resolution=16)
+    with pytest.raises(InputError, match=r"ValidationLoss: there are no held-out images; name a folder .*val_root"):
+        trainer(ValidationLoss()).fit(SDXLModule(str(tiny)), data)
+    trainer(ValidationLoss(), limit_val_batches=0, max_steps=1).fit(SDXLModule(str(tiny)), data)

@@ -41,10 +41,11 @@ def test_folders_are_the_classes(root: Path) -> None:
 
 def test_batches_fulfil_the_contract(root: Path) -> None:
     data = set_up(root, held_out=0.3, batch_size=4)
-    batches = [*data.train_dataloader(), *data.val_dataloader()]
-    assert [len(batch["label"]) for batch in batches] == [4, 3, 3]
-    for batch in batches:
-        assert set(batch) == set(LabelledBatch.__annotations__)
+    trained, validated = list(data.train_dataloader()), list(data.val_dataloader())
+    assert [len(batch["label"]) for batch in (*trained, *validated)] == [4, 3, 3]
+    assert all(set(batch) == set(LabelledBatch.__annotations__) for batch in trained)
+    assert [batch["images"] for batch in trained] == [4, 3]
+    for batch in (*trained, *validated):
         assert batch["image"].shape[1:] == (3, 8, 8)
         assert batch["label"].dtype == torch.int64
         channel = torch.where(batch["label"] == 0, 0, 2)  # red or blue

@@ -109,7 +109,7 @@ def loss_of(law: str) -> EDMLoss:
 def test_two_processes_are_one_with_twice_the_batch(
     tiny: Path, images: Path, trainer: Any, prior: str, cache: bool, law: str, accumulate: int
 ) -> None:
-    """Weights, averages, losses and pictures; through the pivot; in one go, and resumed in mid-epoch."""
+    """Weights, averages, losses and pictures; through the pivot; in one go, and resumed in mid-epoch on two or one."""
 
     def train(name: str, processes: int, ckpt_path: Path | None = None) -> dict[str, Any]:
         seed_everything(3, verbose=False)
@@ -143,10 +143,11 @@ def test_two_processes_are_one_with_twice_the_batch(
 
     one, two = train("one", 1), train("two", 2)
     middle = next((images / "two").glob("*step=4.ckpt"))
-    resumed = train("resumed", 2, middle)
+    resumed, elsewhere = train("resumed", 2, middle), train("elsewhere", 1, middle)
     assert len(one["losses"]) == 6
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
-    for several in (two, resumed):
+    assert elsewhere["losses"] == pytest.approx(one["losses"][4:], rel=1e-4)
+    for several in (two, resumed, elsewhere):
         for name, value in one["state_dict"].items():
             torch.testing.assert_close(several["state_dict"][name], value, rtol=1e-3, atol=1e-5, msg=name)
         averages = (run["callbacks"]["ExponentialMovingAverage"] for run in (one, several))

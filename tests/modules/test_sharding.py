@@ -14,12 +14,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from prodigyopt import Prodigy
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lit_edm.callbacks import FreezeEmbeddings, TrainDuring, ValidationLoss
+from lit_edm.callbacks import (
+    ExponentialMovingAverage,
+    FreezeEmbeddings,
+    RetractEmbeddings,
+    SaveAdapter,
+    SkipNonFinite,
+    TrainDuring,
+    ValidationImages,
+    ValidationLoss,
+)
 from lit_edm.data import CaptionedImagesDataModule, ClassImages
-from lit_edm.edm import EDMLoss, EDMWeighting, LearnedWeighting, UniformTimesteps
+from lit_edm.edm import EDMLoss, EDMWeighting, HeunSampler, LearnedWeighting, UniformTimesteps
 from lit_edm.errors import InputError
 from lit_edm.modules import FSDP2Strategy, SDXLModule
 from lit_edm.modules.fsdp2 import check_strategy
@@ -182,6 +192,29 @@ def test_processes_may_have_different_numbers_of_pictures(run: Callable[..., dic
     data = {"prior": class_images, "val_root": str(tmp_path / "held_out")}
     run("two", 2, ValidationLoss(sigmas=[1.0]), data=data, adapter=LoRA(rank=2))
     assert len(list((tmp_path / "class").glob("*.png"))) == 5
+
+
+def test_averages_pictures_and_files_are_those_of_one_process(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    def callbacks() -> list[Callback]:
+        pictures = ValidationImages(["a TOK"], every_n_steps=2, resolution=16, sampler=HeunSampler(num_steps=2))
+        return [RetractEmbeddings(), SkipNonFinite(), ExponentialMovingAverage(half_life=8), pictures, SaveAdapter()]
+
+    one = run("one", 1, *callbacks(), adapter=FullFinetune())
+    two = run("two", 2, *callbacks(), adapter=FullFinetune())
+    averages = [kept["callbacks"]["ExponentialMovingAverage"]["average"] for kept in (one, two)]
+    torch.testing.assert_close(*averages, rtol=0.0, atol=1e-6)
+    for file in ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"):
+        mine, other = (load_file(tmp_path / name / "adapter" / file) for name in ("one", "two"))
+        torch.testing.assert_close(mine, other, rtol=0.0, atol=1e-6)
+    shown = [pixels_of(tmp_path / name / "images" / f"step_{STEPS:06d}" / "00.png") for name in ("one", "two")]
+    torch.testing.assert_close(*shown, rtol=0, atol=1)
+
+
+def pixels_of(path: Path) -> Tensor:
+    picture = Image.open(path)
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).int()
 
 
 def test_clips_as_torch_does() -> None:

@@ -11,6 +11,7 @@ from lit_edm.errors import InputError
 from lit_edm.sdxl import Adapter, DoRA, FullFinetune, LoCon, LoHa, LoKr, LoRA, SDXLCheckpoint
 from lit_edm.sdxl.adapters import initial_state
 from lit_edm.sdxl.low_rank import updated_layers
+from lit_edm.sdxl.outlines import unet
 
 SDXL_UNET = {  # the published config of SDXL 1.0's UNet, as far as it differs from diffusers' defaults
     "sample_size": 128,
@@ -330,6 +331,8 @@ class TestBadSettings:
         ("adapter", "settings", "message"),
         [
             (LoRA, {"rank": 0}, r"^LoRA.rank must be 1 or more, got 0$"),
+            (LoRA, {"alpha": -1.0}, r"^LoRA.alpha must be positive, got -1.0$"),
+            (DoRA, {"alphas": {"mid_block": 0.0}}, r"^DoRA.alphas must be positive for each pattern"),
             (LoHa, {"ranks": {"mid_block": 0}}, r"^LoHa.ranks must be 1 or more for each pattern"),
             (LoKr, {"dropout": 1.0}, r"^LoKr.dropout must be in \[0, 1\), got 1.0$"),
             (LoKr, {"factor": 0}, r"^LoKr.factor must be"),
@@ -358,6 +361,8 @@ class TestBadSettings:
     def test_for_a_network(self, tiny: Path, adapter: Adapter, message: str) -> None:
         with pytest.raises(InputError, match=r"^model.init_args.adapter.init_args." + message):
             adapter(load(tiny, "unet"))
+        with pytest.raises(InputError, match=r"^model.init_args.adapter.init_args." + message):
+            adapter.check(unet(SDXLCheckpoint(str(tiny))))
 
     def test_name_the_text_encoders_by_their_key(self, tiny: Path) -> None:
         with pytest.raises(InputError, match=r"^model.init_args.text_encoder_adapter.init_args.blocks: mid_block"):

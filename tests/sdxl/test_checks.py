@@ -24,7 +24,13 @@ from lit_edm.edm import (
 )
 from lit_edm.errors import InputError
 from lit_edm.sdxl import SDXLCheckpoint
-from lit_edm.sdxl.checks import check_loss, check_preconditioning, check_sizes, latent_statistics_differ
+from lit_edm.sdxl.checks import (
+    check_initializers,
+    check_loss,
+    check_preconditioning,
+    check_sizes,
+    latent_statistics_differ,
+)
 
 EPS, EDM = EpsPreconditioning(), EDMPreconditioning(0.5)
 TABLE, KARRAS = (0.0291671582, 14.6146412293), (0.002, 80.0)
@@ -113,6 +119,16 @@ def test_sizes_must_divide_by_the_vaes_factor(tiny: Path) -> None:
         InputError, match=r"images of 63 px a side .* multiple of 2, .* choose a resolution of 62 or 64"
     ):
         check_sizes([(64, 64), (64, 63)], checkpoint)
+
+
+def test_words_that_tokens_start_from(tiny: Path) -> None:
+    tokenizer, _ = SDXLCheckpoint(str(tiny)).load_tokenizers()
+    pieces = len(tokenizer("icon", add_special_tokens=False).input_ids)
+    assert check_initializers({"TOK": "icon"}, {"TOK": pieces}, tokenizer) == []
+    (line,) = check_initializers({"TOK": "icon"}, {"TOK": pieces - 1}, tokenizer)
+    assert f"is {pieces} tokens of the vocabulary, of which the first {pieces - 1} are taken" in line
+    with pytest.raises(InputError, match=r"initializers: ' ' of TOK has no token; write a word"):
+        check_initializers({"TOK": " "}, {"TOK": 1}, tokenizer)
 
 
 def test_vaes_that_normalise_differently(tiny: Path, tiny_edm: Path, tmp_path: Path) -> None:

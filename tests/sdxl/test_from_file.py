@@ -110,5 +110,7 @@ def test_says_which_key_names_the_wrong_file(tiny: Path, tmp_path: Path) -> None
         InputError, match=r"model\.init_args\.adapter\.init_args\.path: .* has updates of text_encoder, "
     ):
         FromFile(str(path))(unet)
+    with pytest.raises(InputError, match="updates of text_encoder, not of unet; write null"):
+        FromFile(str(path)).check(unet)
     with pytest.raises(InputError, match="there is no such file"):
         FromFile(str(tmp_path / "y.safetensors"))(unet)

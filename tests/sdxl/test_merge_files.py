@@ -16,7 +16,7 @@ from lit_edm.sdxl import DoRA, LoCon, LoHa, LoKr, LoRA, SDXLCheckpoint
 from lit_edm.sdxl.formats import LORA_FILE, read_adapter, write_diffusers, write_embeddings, write_kohya
 from lit_edm.sdxl.injection import weights_of
 from lit_edm.sdxl.merge import Merge
-from lit_edm.sdxl.merge_files import merge_files
+from lit_edm.sdxl.merge_files import card, merge_files
 from lit_edm.sdxl.updates import AdapterWeights
 
 SCRIPT = Path(__file__).parents[2] / "scripts/merge.py"
@@ -163,6 +163,13 @@ def test_tokens_are_renamed_and_the_card_says_so(tiny: Path, tmp_path: Path) -> 
     assert f"| `{tmp_path / 'a'}` | `TOK` | `<s0><s1>` | `TOK` | `<s0><s1>` |" in card
     assert f"| `{tmp_path / 'b'}` | `TOK` | `<s0><s1>` | `TOK2` | `<s2><s3>` |" in card
     assert "method='cat'" in card
+
+
+def test_a_bar_in_a_name_is_no_border_of_a_cell() -> None:
+    weights = AdapterWeights({}, {"clip_l": torch.ones(1, 2), "clip_g": torch.ones(1, 3)}, {"A|B": 1})
+    written = card("both", {"a|b.safetensors": weights, "c": weights}, [1.0, 1.0], Merge())
+    assert r"| `a\|b.safetensors` | 1 |" in written
+    assert r"| `A\|B` |" in written
 
 
 def test_precision(tiny: Path, tmp_path: Path) -> None:
