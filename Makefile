@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test test-slow check format clean
 
 help:
 	@echo "make quickstart   install and train on 22 icons (a few minutes on two cores)"
 	@echo "make test         install and run the tests"
+	@echo "make test-slow    those that take most of a minute each"
 	@echo "make check        ruff, pyright and the layer test"
 	@echo "make format       let ruff format and fix"
 
@@ -28,6 +29,9 @@ quickstart: .venv/installed build/tiny-sdxl
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,15 +116,10 @@ def disturbed(
     work: Path, name: str, moment: float, step: int | None, accelerator: str, expected: dict[str, Any]
 ) -> tuple[Kill, list[str]]:
     """Kills a run after so many seconds, or just after a step, resumes it, and returns what was wrong in the end."""
-    folder, config = work / name, config_of(work, name, accelerator)
-    process, began = start(config, None), time.monotonic()
-    while process.poll() is None and (
-        step_of(folder) <= step if step is not None else time.monotonic() - began < moment
-    ):
-        time.sleep(0.001)
-    time.sleep(moment % 0.02 if step is not None else 0)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    folder = work / name
+    while not kill_once(config := config_of(work, name, accelerator), moment, step):
+        shutil.rmtree(folder)  # it had ended: the undisturbed run was slower
+        moment *= 0.8
     made, writing = step_of(folder), any(folder.rglob("*.part"))
     faults = [
         f"{name}, killed at step {made}: {path.name} does not load" for path in files_of(folder) if not loads(path)
@@ -141,6 +137,17 @@ def disturbed(
     if not faults:
         shutil.rmtree(folder)
     return Kill(made, newest, writing), faults
+
+
+def kill_once(config: Path, moment: float, step: int | None) -> bool:
+    """Starts a run and kills it after so many seconds, or just after a step; returns whether it was there still."""
+    process, end = start(config, None), time.monotonic() + moment
+    while process.poll() is None and (time.monotonic() < end if step is None else step_of(config.parent) <= step):
+        time.sleep(0.001)
+    time.sleep(0 if step is None else moment % 0.02)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
 
 
 def start(config: Path, ckpt_path: str | None) -> subprocess.Popen[bytes]:
@@ -215,7 +222,7 @@ def config_of(work: Path, name: str, accelerator: str) -> Path:
     for logger in trainer["logger"]:
         logger["init_args"] = {"save_dir": str(work), "name": name, "version": ""}
     for callback in trainer["callbacks"]:
-        settings = callback["init_args"]
+        settings = callback.setdefault("init_args", {})
         match callback["class_path"]:
             case "ValidationImages":
                 settings |= {"every_n_steps": PIVOT, "resolution": 32, "prompts": settings["prompts"][:1]}
