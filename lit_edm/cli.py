@@ -121,10 +121,10 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
 
 
 def found_by_lightning(error: BaseException) -> bool:
-    """Tells whether an error is Lightning's own judgement of a config, and does not come from a part of ours in it."""
+    """Tells whether an error is Lightning's own judgement of a config, and not of what a part of ours has done."""
     names = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
     ours = any(name.startswith("lit_edm.") and name != __name__ for name in names)
-    return isinstance(error, MisconfigurationException) and not ours
+    return bool(names) and names[-1].startswith("lightning.") and not ours
 
 
 def fail(message: str) -> NoReturn:

@@ -37,7 +37,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     try:
         with telling_of_no_room(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()
+            mode = part.stat().st_mode
             write(part)
+            part.chmod(mode)  # safetensors, for one, lets nobody else read what it writes
             with part.open("r+b") as file:
                 os.fsync(file.fileno())  # else the name may reach the disk before the contents do
             part.replace(path)

@@ -229,18 +229,22 @@ def test_an_error_of_ours_keeps_its_traceback(run: Callable[..., str], monkeypat
         run()
 
 
-def test_what_lightning_refuses_is_one_line(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lightning_refuses_is_one_line(run: Callable[..., str]) -> None:
     assert run("--trainer.max_steps=-5").startswith("trainer: `max_steps` must be a non-negative integer or -1")
     assert run("--trainer.strategy=ddpp").startswith("trainer: You selected an invalid strategy name")
     keeper = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-5"]
     assert "save_top_k=-5" in run(*keeper)
     assert "val_check_interval" in run("--trainer.val_check_interval=1000")
 
+
+def test_what_lightning_refuses_of_ours_keeps_its_traceback(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def misuse(module: LightningModule, *_: object) -> None:
         module.log("a/dataloader_idx_0", 1.0)
 
-    monkeypatch.setattr("lit_edm.modules.SDXLModule.training_step", misuse)
-    with pytest.raises(MisconfigurationException):  # a mistake of ours, although Lightning finds it
+    monkeypatch.setattr("lit_edm.modules.SDXLModule.log_loss", misuse)
+    with pytest.raises(MisconfigurationException, match="should not contain information about `dataloader_idx`"):
         run()
 
 

@@ -1,10 +1,12 @@
 """What data modules share."""
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing import get_all_start_methods
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -83,13 +85,24 @@ def loading(num_workers: int, in_memory: bool = False) -> dict[str, Any]:
         "multiprocessing_context": "fork" if in_memory and num_workers and forks else None,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": ignore_sigterm,
+        "worker_init_fn": end_with_training,
     }
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Lets the training process end its workers: a cluster signals all processes, and that one has a step to save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def end_with_training(worker: int) -> None:
+    """Lets nobody but the training process end a worker: a cluster signals all processes, and that one saves first.
+
+    Where a system does not tell who sent a signal, anybody may.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_when_told_by, args=[os.getppid()], daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class ResumableLoader(DataLoader[Example]):

@@ -213,13 +213,14 @@ main()
     ("where", "processes", "to", "code"),
     [
         ("training_step", 1, [0], 143),
+        ("training_step", 1, None, 143),  # to all, loaders' workers too
         ("training_step", 2, [1], 143),
         ("sample", 2, [0, 1], 143),  # before training
         ("moments", 2, [0], -signal.SIGTERM),
     ],
 )
 def test_by_the_command_line(
-    tiny: Path, icons: Path, tmp_path: Path, where: str, processes: int, to: list[int], code: int
+    tiny: Path, icons: Path, tmp_path: Path, where: str, processes: int, to: list[int] | None, code: int
 ) -> None:
     """Wherever it is, a run ends within seconds, all of its processes, without a traceback."""
     (tmp_path / "slow.py").write_text(SLOW)
@@ -229,7 +230,8 @@ def test_by_the_command_line(
         "model": {"class_path": "SDXLModule", "init_args": {"pretrained": str(tiny)}},
         "data": {
             "class_path": "CaptionedImagesDataModule",
-            "init_args": {"root": str(icons), "resolution": 16, "latent_cache": {"class_path": "MemoryCache"}},
+            "init_args": {"root": str(icons), "resolution": 16, "latent_cache": {"class_path": "MemoryCache"}}
+            | {"num_workers": 0 if to else 2},
         },
         "trainer": {
             "max_steps": 1000,
@@ -251,7 +253,9 @@ def test_by_the_command_line(
             assert run.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)
         ranks = [run.pid, *map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())]
-        for rank in to:
+        if to is None:
+            os.killpg(run.pid, signal.SIGTERM)
+        for rank in to or ():
             os.kill(ranks[rank], signal.SIGTERM)
         assert run.wait(30) == code
         assert all(ended(pid) for pid in ranks)
