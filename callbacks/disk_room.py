@@ -29,11 +29,6 @@ class Files:
     advice: str = "name another folder"
     replaces: bool = False
 
-    @property
-    def needed(self) -> int:
-        """Bytes that are to be free for them."""
-        return max(0, self.size - held(self.folder)) if self.replaces and self.folder else self.size
-
 
 @dataclass(frozen=True)
 class Room:
@@ -63,9 +58,8 @@ def check_room(planned: Iterable[Files]) -> list[Room]:
 
 def check_disk(places: Mapping[Files, Path]) -> Room:
     """Checks that there is room for files of one disk, given folders on it that are there already."""
-    needed = {files: files.needed for files in places}
-    most = max(needed, key=lambda files: needed[files])
-    room = Room(most.folder or places[most], sum(needed.values()), shutil.disk_usage(places[most]).free)
+    most = max(places, key=lambda files: files.size)
+    room = Room(most.folder or places[most], needed(places), shutil.disk_usage(places[most]).free)
     if room.needed > room.free:
         raise InputError(
             f"{room.folder}: this run needs about {readable(room.needed)} on its disk, most of it for {most.what}, and "
@@ -74,13 +68,25 @@ def check_disk(places: Mapping[Files, Path]) -> Room:
     return room
 
 
+def needed(planned: Iterable[Files]) -> int:
+    """Returns the bytes that are to be free for files; what some of them replace in a folder is counted once."""
+    added, replacing = 0, dict[Path, int]()
+    for files in planned:
+        if files.replaces and files.folder is not None:
+            replacing[files.folder] = replacing.get(files.folder, 0) + files.size
+        else:
+            added += files.size
+    return added + sum(max(0, size - held(folder)) for folder, size in replacing.items())
+
+
 def standing(folder: Path) -> Path:
     """Returns a folder, or the nearest one above it that is there.
 
     Raises:
         InputError: Something else stands in its place, or it cannot be written to.
     """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    above = folder.absolute(), *folder.absolute().parents
+    nearest = next(path for path in above if path.exists() or path.is_symlink())
     if not nearest.is_dir():
         raise InputError(f"{nearest} is a file, where this run is to have a folder, {folder}: move it, or name another")
     if not os.access(nearest, os.W_OK):

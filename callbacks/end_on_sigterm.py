@@ -22,9 +22,9 @@ class EndOnSigterm(Callback):
     """Saves last.ckpt and ends the run when SIGTERM asks for it, as clusters do before they take a machine away.
 
     Every run of the command line has it, after all callbacks of the config. The run ends after the batch it is at, or
-    before the next batch of a validation, which is done anew after a resume. ModelCheckpoint.save_on_exception is no
-    substitute: an error or Ctrl-C may come in the middle of a step, and what that saves is no state a run was ever in,
-    one file each time.
+    before the next batch of a validation, which is done anew after a resume; after its last step it comes to its end.
+    ModelCheckpoint.save_on_exception is no substitute: an error or Ctrl-C may come in the middle of a step, and what is
+    saved then is no state a run was ever in, one file each time.
 
     Several processes agree on it after each batch: the signal may come to any of them, and a second one does no harm.
     Before training there is nothing to save, and in other subcommands neither: processes end at once.
@@ -74,14 +74,18 @@ class EndOnSigterm(Callback):
     ) -> None:
         """Ends after a batch, when callbacks are done with it."""
         self.has_trained = True
-        if self.all_asked(trainer):
-            for keeper in trainer.checkpoint_callbacks:  # whose turn it would be
-                keeper.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            raise SIGTERMException
+        if not self.all_asked(trainer):
+            return
+        if has_all_steps(trainer):
+            save_last(trainer)  # a resumed run would do nothing of what is left
+            return
+        for keeper in trainer.checkpoint_callbacks:  # whose turn it would be
+            keeper.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        raise SIGTERMException
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Ends before a batch of held-out images."""
-        if self.all_asked(trainer):
+        if self.all_asked(trainer) and not has_all_steps(trainer):
             raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -102,6 +106,11 @@ class EndOnSigterm(Callback):
     def all_asked(self, trainer: Trainer) -> bool:
         """Tells whether any process has been asked to end; all of them have to call this together."""
         return trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+
+
+def has_all_steps(trainer: Trainer) -> bool:
+    """Tells whether a run has made the last of its steps, so that it ends by itself."""
+    return 0 <= trainer.max_steps <= trainer.global_step
 
 
 def end_if_asked(module: LightningModule) -> None:

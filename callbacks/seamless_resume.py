@@ -24,9 +24,15 @@ class SeamlessResume(Callback):
             if isinstance(logger, ResumableCSVLogger):
                 logger.go_on_from(trainer.global_step)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Has steps logged under their own numbers: Lightning, resumed at some places, counts one too many."""
+        if trainer.ckpt_path is not None:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the end of the run too, where the last steps are fewer than those between two checkpoints."""
-        saved = [getattr(keeper, "_last_global_step_saved", 0) for keeper in trainer.checkpoint_callbacks]
+        keepers = [keeper for keeper in trainer.checkpoint_callbacks if not getattr(keeper, "save_weights_only", False)]
+        saved = [getattr(keeper, "_last_global_step_saved", 0) for keeper in keepers]
         if trainer.global_step > max(saved, default=trainer.global_step):
             save_last(trainer)
 

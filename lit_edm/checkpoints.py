@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,10 @@ __all__ = ["WholeCheckpointIO"]
 
 LEFT_BEHIND = 600.0
 """Seconds without a byte after which the part of a file is that of a writer that was killed."""
+
+
+WELL_READ = 2**31
+"""Bytes up to which a checkpoint is compared with its checksums: of larger ones, every process would read all."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -98,7 +103,8 @@ def remove_parts(folder: Path) -> None:
 def fault_of(path: Path, resumes: bool = True, weights_only: bool | None = None) -> str | None:
     """Returns why a run cannot go on from a file, in words that follow its name, or None if it can.
 
-    Reads all of the file, and compares it with the checksums that torch writes along.
+    A file that was cut off is found by the list of contents at its end, one whose bits have changed, if it is not too
+    large to be read for that, by the checksums that torch writes along.
 
     Args:
         path: The file, or the folder that a sharded checkpoint is.
@@ -110,7 +116,7 @@ def fault_of(path: Path, resumes: bool = True, weights_only: bool | None = None)
         return None if whole else "is a folder, and not a whole sharded checkpoint"
     try:
         with ZipFile(path) as file:
-            if file.testzip():
+            if path.stat().st_size < WELL_READ and file.testzip():
                 return "is damaged"
         kept = torch.load(path, "cpu", weights_only=weights_only is not False, mmap=True)
     except UnpicklingError:
@@ -142,8 +148,11 @@ def find_last(trainer: Trainer, resumes: bool = True, weights_only: bool | None 
     folders = checkpoint_folders(trainer)
     found = {path for folder in folders for path in folder.glob("*.ckpt")}
     found |= set(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
-    there = sorted((path for path in found if path.exists()), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    for path in reversed(there):
+    written: dict[Path, tuple[int, str]] = {}
+    for path in found:
+        with suppress(FileNotFoundError):  # a link to nothing, or deleted just now
+            written[path] = path.stat().st_mtime_ns, path.name
+    for path in sorted(written, key=lambda path: written[path], reverse=True):
         if (fault := fault_of(path, resumes, weights_only)) is None:
             return path
         rank_zero_warn(f"{path} {fault}: it is passed over")

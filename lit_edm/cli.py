@@ -1,5 +1,6 @@
 """The command line: Lightning's, with every class of this package known by its short name."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -107,7 +108,7 @@ class CLI(LightningCLI):
 
 def check_folders(trainer: Trainer) -> None:
     """Raises InputError if a run cannot have the folders that it writes its config and logs to."""
-    folders = [trainer.default_root_dir, *(logger.save_dir for logger in trainer.loggers)]
+    folders = [logger.save_dir for logger in trainer.loggers] or [trainer.default_root_dir]
     for folder in folders:
         if folder is not None and "://" not in str(folder):
             standing(Path(folder))
@@ -130,7 +131,8 @@ def found_by_lightning(error: BaseException) -> bool:
 def fail(message: str) -> NoReturn:
     """Prints one line and ends with exit code 2."""
     cause = message.rpartition("lit_edm.errors.InputError: ")[2]  # a loader's worker puts a traceback before it
-    sys.stderr.write(f"lit-edm: error: {' '.join(cause.split())}\n")
+    line = re.sub(r"\s*\n\s*", " ", cause.strip())  # other blanks may be those of a file's name
+    sys.stderr.write(f"lit-edm: error: {line}\n")
     sys.exit(2)
 
 

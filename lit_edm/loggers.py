@@ -2,8 +2,9 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
@@ -78,6 +79,7 @@ class MetricsFile(ExperimentWriter):
         super().__init__(log_dir)
         self.path = Path(self.metrics_file_path)
         self.newest: list[Row] = []
+        self.newest_at = 0
         self.begun = False
 
     def _check_log_dir_exists(self) -> None:
@@ -94,19 +96,34 @@ class MetricsFile(ExperimentWriter):
         rows = [row for row in rows if row not in self.newest]
         if not rows:
             return
-        replaces = any(alike(row, old) for row in rows for old in self.newest)
-        if not self.begun or replaces or set().union(*rows) - set(self.metrics_keys):
+        if not self.begun or set().union(*rows) - set(self.metrics_keys):
             before = read_rows(self.path) if self.begun else []
             self._rewrite([old for old in before if not any(alike(row, old) for row in rows)] + rows)
             return
-        with telling_of_no_room(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.metrics_keys).writerows(rows)
-        self.newest = of_last_step([*self.newest, *rows])
+        kept = [old for old in self.newest if not any(alike(row, old) for row in rows)]
+        with telling_of_no_room(self.path), self.path.open("r+b") as file:
+            file.seek(self.newest_at)
+            file.truncate()
+            self._write(file, [*kept, *rows])
 
     def _rewrite(self, rows: Sequence[Row]) -> None:
         self.metrics_keys = sorted(set().union(*rows))
-        write_whole(self.path, lambda part: write_rows(part, self.metrics_keys, rows))
-        self.newest, self.begun = of_last_step(rows), True
+        write_whole(self.path, lambda part: self._fill(part, rows))
+        self.begun = True
+
+    def _fill(self, part: Path, rows: Sequence[Row]) -> None:
+        with part.open("wb") as file:
+            file.write(as_line(self.metrics_keys))
+            self._write(file, rows)
+
+    def _write(self, file: BinaryIO, rows: Sequence[Row]) -> None:
+        """Writes rows where a file is at, and notes the last step's, which may be replaced, and where they begin."""
+        self.newest, self.newest_at = [], file.tell()
+        for row in rows:
+            if self.newest and row["step"] != self.newest[-1]["step"]:
+                self.newest, self.newest_at = [], file.tell()
+            file.write(as_line([row.get(key, "") for key in self.metrics_keys]))
+            self.newest.append(row)
 
 
 def as_text(row: Mapping[str, Any]) -> Row:
@@ -119,11 +136,6 @@ def alike(row: Row, other: Row) -> bool:
     return row["step"] == other["step"] and row.keys() == other.keys()
 
 
-def of_last_step(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows of the same step as the last one."""
-    return [row for row in rows if row["step"] == rows[-1]["step"]]
-
-
 def read_rows(path: Path) -> list[Row]:
     """Reads rows without their empty cells; no last line that a killed process did not finish, and no file no rows."""
     if not path.exists():
@@ -133,9 +145,8 @@ def read_rows(path: Path) -> list[Row]:
     return [row for row in rows if row.get("step", "").isdecimal()]
 
 
-def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a header and rows."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+def as_line(cells: Sequence[str]) -> bytes:
+    """Returns a line of a CSV file."""
+    line = StringIO(newline="")
+    csv.writer(line).writerow(cells)
+    return line.getvalue().encode()

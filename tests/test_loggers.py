@@ -63,6 +63,22 @@ def test_what_is_logged_again_is_there_once(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "metrics.csv") == [{"step": "3", "other": "5.0"}, {"step": "3", "loss": "2.0"}]
 
 
+def test_what_is_logged_again_costs_no_more_the_longer_the_file(tmp_path: Path) -> None:
+    """Accumulated batches log one step again and again: its rows are replaced, and the rest is left alone."""
+    logged(tmp_path, range(50))
+    logger = ResumableCSVLogger(tmp_path, "", "")
+    logger.go_on_from(50)
+    logger.log_metrics({"train/loss": 0.5, "epoch": 12}, 50)
+    logger.save()
+    file, before = (tmp_path / "metrics.csv").stat().st_ino, (tmp_path / "metrics.csv").read_bytes()
+    for loss in (0.25, 0.125):
+        logger.log_metrics({"train/loss": loss, "epoch": 12}, 50)
+        logger.save()
+    assert (tmp_path / "metrics.csv").stat().st_ino == file
+    head, _, tail = before.rpartition(b",0.5,")
+    assert (tmp_path / "metrics.csv").read_bytes() == head + b",0.125," + tail
+
+
 def test_a_remote_folder_is_refused() -> None:
     with pytest.raises(InputError, match="use CSVLogger"):
         ResumableCSVLogger("s3://bucket/logs")

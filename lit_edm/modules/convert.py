@@ -86,7 +86,8 @@ def load_module(path: Path) -> SDXLModule:
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, value in checkpoint["callbacks"].get("ExponentialMovingAverage", {}).get("average", {}).items():
-            parameters[name].copy_(value)
+            if name in parameters:  # not what the loss learns, which is left out here
+                parameters[name].copy_(value)
     return module.eval()
 
 

@@ -35,6 +35,8 @@ def test_what_is_replaced_has_its_room_already(tmp_path: Path) -> None:
     (tmp_path / "deep/last.ckpt").write_bytes(bytes(700))
     (room,) = check_room([Files("checkpoints", tmp_path, 1500, replaces=True)])
     assert room.needed == 800
+    (room,) = check_room([Files(which, tmp_path, 750, replaces=True) for which in ("checkpoints", "others")])
+    assert room.needed == 800, "what is there makes room once"
     with pytest.raises(InputError, match="most of it for latents"):
         check_room([Files("latents", tmp_path, 1500)])
     (room,) = check_room([Files("checkpoints", tmp_path, 500, replaces=True)])

@@ -41,6 +41,12 @@ def same_files(first: Path, second: Path) -> bool:
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_checkpoint_gives_the_files_of_the_run(run: Callable[..., Path], tiny: Path, averaged: bool) -> None:
     average = ["--trainer.callbacks+=ExponentialMovingAverage", "--trainer.callbacks.half_life=8"]
+    average += [
+        "--model.loss=EDMLoss",
+        "--model.loss.noise=UniformTimesteps",
+        "--model.loss.weighting=LearnedWeighting",
+        "--model.loss.weighting.weighting=SNRWeighting",
+    ]
     folder = run(*(average if averaged else []))
     written = convert(folder / "last.ckpt", folder / "style", ("diffusers", "kohya"))
     assert written

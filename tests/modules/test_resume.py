@@ -180,17 +180,18 @@ def test_from_any_batch_between_two_steps(tiny: Path, images: Path, recipe: str,
         assert_same(at(folder, STEPS), at(images / "whole", STEPS), f"{where} {batch}")
 
 
-def test_an_epoch_that_max_steps_cut_short_goes_on(tiny: Path, images: Path) -> None:
-    """Whether the checkpoint was written in the step or after training had ended."""
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_run_that_max_steps_ended_goes_on(tiny: Path, images: Path, stop: int) -> None:
+    """In mid-epoch or at its end, whether the checkpoint was written in the step or after training had ended."""
     module, data, _ = learned(tiny, images, "whole")
     whole = run((module, data, []), keepers=[keeper(images / "whole")])
     for name, settings in {"step": {"every_n_train_steps": 1}, "end": {"save_on_train_epoch_end": True}}.items():
         module, data, _ = learned(tiny, images, "first")
         keep = ModelCheckpoint(images / name, filename="cut", **settings)
-        run((module, data, []), keepers=[keep], max_steps=2)
+        run((module, data, []), keepers=[keep], max_steps=stop)
         module, data, _ = learned(tiny, images, "rest")
         rest = run((module, data, []), images / name / "cut.ckpt", keepers=[keeper(images / name)])
-        assert rest == {number: logged for number, logged in whole.items() if number > 1}, name
+        assert rest == {number: logged for number, logged in whole.items() if number >= stop}, name
         assert_same(at(images / name, STEPS), at(images / "whole", STEPS), name)
 
 
