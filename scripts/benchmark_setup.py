@@ -187,14 +187,16 @@ def arguments(settings: Settings, folder: Path) -> list[str]:
 
 
 def write_configs(folder: Path, size: SizeName) -> None:
-    """Writes what a base in diffusers' layout has besides weights."""
+    """Writes what a base in diffusers' layout has, with empty files in place of weights, made and not read."""
     with made_in(torch.float32, "meta"):
         pipeline = make_pipeline(SIZES[size])
     pipeline.save_config(folder)
     for name in ("unet", "vae", "scheduler"):
         getattr(pipeline, name).save_config(folder / name)
+        (folder / name / "diffusion_pytorch_model.safetensors").touch()
     for name in ("text_encoder", "text_encoder_2"):
         getattr(pipeline, name).config.save_pretrained(folder / name)
+        (folder / name / "model.safetensors").touch()
     for name in ("tokenizer", "tokenizer_2"):
         getattr(pipeline, name).save_pretrained(folder / name)
 

@@ -18,6 +18,12 @@ from lit_edm.sdxl.tiny import make_tiny_sdxl
 torch.set_num_threads(1)  # the tests' networks are smaller than the cost of sharing them out
 
 
+@pytest.fixture(autouse=True)
+def no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets each test begin without the run's seed that another has left, whatever order they come in."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL that predicts epsilon."""

@@ -212,7 +212,7 @@ def test_other_folders_that_cannot_be_written(
     module = Encodes(str(tiny), text_cache=DiskCache(str(tmp_path / "texts")))
     images = CaptionedImagesDataModule(icons, resolution=16, latent_cache=DiskCache(str(tmp_path / "latents")))
     training = trainer(RunSummary(), SaveAdapter(), ValidationImages(["a"], resolution=16))
-    with pytest.raises(InputError, match=f"{named} is a file, where this run is to have a folder"):
+    with pytest.raises(InputError, match=f"{named} is a file"):
         training.fit(module, images)
 
 

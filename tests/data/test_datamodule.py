@@ -96,10 +96,10 @@ def test_a_resumed_run_goes_on_with_the_epoch_it_would_have_seen(
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"batch_size": 3, "num_workers": 1}, "other batch_size, so"),
-        ({"batch_size": 12}, "other batch_size, so"),
+        ({"batch_size": 3, "num_workers": 1}, "other batch_size over all processes, so"),
+        ({"batch_size": 12}, "other batch_size over all processes, so"),
         ({"repeats": 7}, "other images and repeats, so"),
-        ({"batch_size": 1, "repeats": 3}, "other batch_size and images and repeats, so"),
+        ({"batch_size": 1, "repeats": 3}, "other batch_size over all processes and images and repeats, so"),
     ],
 )
 def test_a_run_resumed_with_other_batches_begins_the_epoch_anew(
