@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_edm.errors import InputError
+from lit_edm.files import readable
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,3 @@ def standing(folder: Path) -> Path:
 def held(folder: Path) -> int:
     """Returns the bytes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-
-
-def readable(size: float) -> str:
-    """Returns bytes in the unit that suits their number."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1000:
-            return f"{size:.{0 if size >= 100 or unit == 'bytes' else 1}f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} GiB"

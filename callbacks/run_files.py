@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lit_edm.batch import DescribesImages, SummarizesImages
-from lit_edm.callbacks.disk_room import Files, readable
+from lit_edm.callbacks.disk_room import Files
 from lit_edm.callbacks.run_length import RunLength
 from lit_edm.callbacks.save_adapter import SaveAdapter
 from lit_edm.callbacks.validation_images import ValidationImages
+from lit_edm.files import readable
 from lit_edm.modules import SDXLModule
 from lit_edm.sdxl.formats import trains_weights
 from lit_edm.sdxl.memory import TrainingMemory
@@ -27,7 +28,7 @@ def caches(trainer: Trainer, module: LightningModule) -> Iterator[Files]:
     data = getattr(trainer, "datamodule", None)
     if not isinstance(module, SDXLModule):
         return
-    if isinstance(data, SummarizesImages) and (found := data.latents_to_keep(module.latents.fingerprint())):
+    if isinstance(data, SummarizesImages) and (found := data.latents_to_keep(module.latents.fingerprint)):
         count = sum(found["missing"].values())
         size = sum(number * latent_size(module, *side) for side, number in found["missing"].items())
         note = f"{count:,} of {count + found['kept']:,} to be encoded"

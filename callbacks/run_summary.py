@@ -8,11 +8,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_edm.callbacks import run_facts, run_files
-from lit_edm.callbacks.disk_room import Files, Room, check_room, readable, standing
+from lit_edm.callbacks.disk_room import Files, Room, check_room, standing
 from lit_edm.callbacks.run_length import RunLength, run_length
 from lit_edm.callbacks.run_memory import too_large, training_memory
 from lit_edm.errors import InputError
-from lit_edm.files import write_whole
+from lit_edm.files import readable, write_whole
 from lit_edm.sdxl.memory import TrainingMemory
 
 WIDTH = 110

@@ -77,7 +77,7 @@ class SkipNonFinite(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drops all gradients if one is not finite, before Lightning clips their norm."""
-        if not norm(gradients(optimizer, resting(trainer, pl_module))).isfinite():  # waits for the device
+        if not total_norm(gradients(optimizer, resting(trainer, pl_module))).isfinite():  # waits for the device
             self._skip(trainer, pl_module, optimizer)
         self._losses, self._captions = [], []
         pl_module.log("train/skipped_steps", float(self.count))
@@ -150,11 +150,6 @@ def gradients_of(parameters: Iterable[nn.Parameter], without: set[nn.Parameter])
     return [parameter.grad for parameter in parameters if parameter.grad is not None and parameter not in without]
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the norm of all entries of tensors, (), on their device; the same on processes that share these out."""
-    return total_norm(tensors)
-
-
 def whole(value: Tensor) -> Tensor:
     """Returns a value in full where each process holds a part of it, as FSDP's do."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
@@ -169,7 +164,7 @@ def drop_gradients(optimizer: Optimizer) -> None:
 
 def broken_groups(optimizer: Optimizer, without: set[nn.Parameter]) -> list[str]:
     """Returns the names of the parameter groups whose gradients are not finite."""
-    norms = [norm(gradients_of(group["params"], without)) for group in optimizer.param_groups]
+    norms = [total_norm(gradients_of(group["params"], without)) for group in optimizer.param_groups]
     return [name for name, norm in zip(effective_rates(optimizer), norms, strict=True) if not norm.isfinite()]
 
 

@@ -83,10 +83,12 @@ def existing(path: Path) -> Path:
 
 
 def readable(size: float) -> str:
-    """Returns a number of bytes as people say it, such as 3.1 MB."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = min(max(len(str(int(size))) - 1, 0) // 3, len(units) - 1)
-    return f"{size / 1000**power:.3g} {units[power]}"
+    """Returns bytes in the unit that suits their number, such as 3.1 MiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.{0 if size >= 100 or unit == 'bytes' else 1}f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:

@@ -5,7 +5,6 @@ Adds a run to benchmarks/training.json, and writes benchmarks/training.md, its t
 
 import json
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
@@ -22,6 +21,7 @@ from benchmark_phases import Stopwatch
 from benchmark_report import run_tables, write_report
 from benchmark_setup import Settings, be_quiet, build
 from jsonargparse import ArgumentParser
+from revision import commit
 
 from lit_edm.errors import InputError
 
@@ -107,12 +107,6 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
-
-
-def commit() -> str:
-    """Returns the commit that the code is at, marked if there are changes to it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def chip(device: torch.device) -> str:

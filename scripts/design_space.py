@@ -6,7 +6,6 @@ design_space.json, .md, and two plots to benchmarks/. Needs `pip install "lit-ed
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from design_space_report import plot_sampling, plot_training, write_report
 from design_space_sampling import compare_samplers
 from design_space_training import Budget, Digits, train_all
 from jsonargparse import auto_cli
+from revision import commit
 
 
 def design_space(
@@ -78,12 +78,6 @@ def cpu_seconds() -> float:
     """Returns the processor time of this process and of its children that have ended."""
     usages = getrusage(RUSAGE_SELF), getrusage(RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def commit() -> str:
-    """Returns the commit that the code is at, marked if there are changes to it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lit_edm.files import read_tensors, write_tensors, write_whole
+from lit_edm.files import read_tensors, readable, write_tensors, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -51,3 +51,20 @@ def test_a_missing_or_damaged_file_holds_nothing(tmp_path: Path) -> None:
     write_tensors(path, {"a": torch.zeros(100)})
     path.write_bytes(path.read_bytes()[:-1])
     assert read_tensors(path) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (300_000, "293 KiB"),
+        (1023 * 1024, "1.0 MiB"),
+        (7 * 2**30, "7.0 GiB"),
+        (4096 * 2**30, "4,096.0 GiB"),
+    ],
+)
+def test_sizes_in_words(size: int, words: str) -> None:
+    assert readable(size) == words

@@ -271,7 +271,7 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         if isinstance(images, NeedsPictures):
             with unsharded(self):
                 images.render_missing(self.render_class_images)
-        if isinstance(images, CachesLatents) and images.fill_cache(self.moments, self.latents.fingerprint()):
+        if isinstance(images, CachesLatents) and images.fill_cache(self.moments, self.latents.fingerprint):
             self.latents.release()
         if isinstance(images, DescribesImages) and (long := self.conditioner.too_long(images.captions())):
             rank_zero_warn(

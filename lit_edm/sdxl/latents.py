@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,8 +73,9 @@ class LatentSpace(nn.Module):
         """Takes the VAE off the device; it comes back while something is to be encoded or decoded."""
         place_frozen(self.vae, "cpu")
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Returns what names this encoder, weights and settings included."""
+        """What names this encoder, weights and settings included; all of the frozen weights are read for it, once."""
         return fingerprint(self.vae.state_dict(), json.dumps(dict(self.vae.config), sort_keys=True, default=str))
 
     def _own_precision(self, tensor: Tensor) -> torch.autocast:

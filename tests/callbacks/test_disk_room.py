@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lit_edm.callbacks.disk_room import Files, check_room, readable, standing
+from lit_edm.callbacks.disk_room import Files, check_room, standing
 from lit_edm.errors import InputError
 
 
@@ -69,20 +69,3 @@ def test_nothing_is_asked_of_a_folder_that_nothing_is_written_to(
     """A cache that holds everything may be one that others share."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert check_room([Files("latents", tmp_path / "a", 0)]) == []
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1000, "1.0 KiB"),
-        (1536, "1.5 KiB"),
-        (300_000, "293 KiB"),
-        (1023 * 1024, "1.0 MiB"),
-        (7 * 2**30, "7.0 GiB"),
-        (4096 * 2**30, "4,096.0 GiB"),
-    ],
-)
-def test_sizes_in_words(size: int, words: str) -> None:
-    assert readable(size) == words

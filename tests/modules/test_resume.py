@@ -8,7 +8,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from PIL import Image
 
 from lit_edm.cache import DiskCache, MemoryCache
 from lit_edm.callbacks import ExponentialMovingAverage, FreezeEmbeddings, RetractEmbeddings, TrainDuring
@@ -42,15 +41,6 @@ class Losses(Callback):
     def _break(self, trainer: Trainer, where: str) -> None:
         if self.breaks == (where, trainer.fit_loop.epoch_loop.total_batch_idx):
             raise RuntimeError("broken off")
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    for folder in ("instance", "class"):
-        (tmp_path / folder).mkdir()
-        for index, size in enumerate([(24, 16), (16, 16), (16, 20), (32, 16), (16, 30)]):
-            Image.effect_noise(size, 40 + index).convert("RGB").save(tmp_path / folder / f"{index}.png")
-    return tmp_path
 
 
 def pivotal(base: Path, images: Path, name: str) -> tuple[SDXLModule, CaptionedImagesDataModule, list[Callback]]:

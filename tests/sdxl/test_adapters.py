@@ -13,21 +13,6 @@ from lit_edm.sdxl.adapters import initial_state
 from lit_edm.sdxl.low_rank import updated_layers
 from lit_edm.sdxl.outlines import unet
 
-SDXL_UNET = {  # the published config of SDXL 1.0's UNet, as far as it differs from diffusers' defaults
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-
-
 LOW_RANK: dict[str, Any] = {
     "lora": LoRA(rank=3, alpha=6.0),
     "rslora": LoRA(rank=4, rank_stabilized=True),
@@ -78,9 +63,9 @@ def move(network: nn.Module, seed: int = 0) -> None:
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_the_real_sdxl_takes_the_adapter() -> None:
+def test_the_real_sdxl_takes_the_adapter(sdxl_unet: dict[str, Any]) -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
+        unet = UNet2DConditionModel(**sdxl_unet).requires_grad_(False)
         base = sum(parameter.numel() for parameter in unet.parameters())
         LoRA(rank=8)(unet)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -94,9 +79,9 @@ def test_the_real_sdxl_takes_the_adapter() -> None:
     assert sum(p.numel() for p in trained) == sum(n * by_hand[d] for d, n in blocks.items()) == 11_612_160
 
 
-def test_the_real_sdxl_takes_ranks_by_layer_and_block() -> None:
+def test_the_real_sdxl_takes_ranks_by_layer_and_block(sdxl_unet: dict[str, Any]) -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
+        unet = UNet2DConditionModel(**sdxl_unet).requires_grad_(False)
         LoCon(rank=8, conv_rank=4, ranks={"*.attn2": 16, "mid_block": 2})(unet)
     counts = Counter(layer.r["default"] for layer in updated_layers(unet).values())
     # By hand. 70 transformer blocks in 11 stacks, 10 of them in one in the middle.
@@ -113,9 +98,9 @@ def test_the_real_sdxl_takes_ranks_by_layer_and_block() -> None:
     }
 
 
-def test_the_real_sdxl_has_the_blocks_of_b_lora() -> None:
+def test_the_real_sdxl_has_the_blocks_of_b_lora(sdxl_unet: dict[str, Any]) -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
+        unet = UNet2DConditionModel(**sdxl_unet).requires_grad_(False)
         LoRA(blocks=("content", "style"))(unet)
     layers = updated_layers(unet)
     blocks = {".".join(name.split(".")[:4]) for name in layers}

@@ -25,29 +25,18 @@ from lit_edm.sdxl.memory import (
 )
 
 GIB = 2**30
-SDXL_UNET: dict[str, Any] = {  # the published config of SDXL 1.0's UNet, as far as it differs from diffusers' defaults
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
 
 
 @pytest.mark.parametrize(
     ("adapter", "checkpointing", "gib"),
     [(LoRA(rank=8), False, 7.3), (LoRA(rank=8), True, 0.45), (DoRA(rank=8), False, 15.4)],
 )
-def test_the_real_sdxl_keeps_what_was_measured(adapter: Adapter, checkpointing: bool, gib: float) -> None:
+def test_the_real_sdxl_keeps_what_was_measured(
+    sdxl_unet: dict[str, Any], adapter: Adapter, checkpointing: bool, gib: float
+) -> None:
     """Eight seconds in all."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False).bfloat16()
+        unet = UNet2DConditionModel(**sdxl_unet).requires_grad_(False).bfloat16()
         adapter(unet)
     unet.train()
     if checkpointing:
