@@ -27,6 +27,17 @@ def test_others_may_read_what_they_may_elsewhere(tmp_path: Path) -> None:
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
+def test_what_was_written_is_moved_and_not_copied(tmp_path: Path) -> None:
+    """A copy would be half there for a while."""
+    written: list[int] = []
+
+    def write(part: Path) -> None:
+        part.write_text("text")
+        written.append(part.stat().st_ino)
+
+    assert write_whole(tmp_path / "file.txt", write).stat().st_ino == written[0]
+
+
 def test_the_contents_are_on_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, synced = tmp_path / "file.txt", []
     monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(path.exists()))

@@ -22,7 +22,7 @@ def go_on_from_last_step(fit_loop: dict[str, Any], accumulate: int) -> bool:
     if now["processed"] > 0 and epochs["current"]["processed"] == epochs["current"]["started"]:
         _set(epochs, ["ready"], epochs["current"]["started"])
         _set(epochs, ["processed", "completed"], epochs["current"]["started"] - 1)
-        if batches["is_last_batch"]:  # else Lightning counts the epoch again, and leaves the next one out
+        if batches["is_last_batch"]:  # else Lightning ends the epoch a second time
             _set(batches, ["completed"], now["processed"] - 1)
     stepped = now["processed"] % accumulate == 0 or batches["is_last_batch"]
     if now["ready"] == now["processed"] and stepped:

@@ -39,6 +39,9 @@ def test_workers_outlive_signals_of_others_and_not_the_process_that_trains(tmp_p
             os.kill(worker, signal.SIGTERM)
         time.sleep(0.5)
         assert all(Path(f"/proc/{worker}").exists() for worker in workers)
-        process.communicate("\n", timeout=30)
+        try:
+            process.communicate("\n", timeout=30)
+        finally:
+            process.kill()  # else a test that fails would wait for it
     assert process.returncode == (end == "raises")
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)

@@ -196,3 +196,42 @@ def test_a_denoiser_of_images(pixels: Make, patches: Make, tmp_path: Path) -> No
         rest = run(make(), start, keepers=[keeper(tmp_path / f"from{step}")])
         assert rest == {batch: logged for batch, logged in whole.items() if batch >= step}
         assert_same(at(tmp_path / f"from{step}", STEPS), at(tmp_path / "whole", STEPS))
+
+
+class EpochEnds(Callback):
+    """Notes the steps at which epochs end, and saves as the next ones begin."""
+
+    def __init__(self, folder: Path) -> None:
+        self.steps: list[int] = []
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"begins={trainer.current_epoch}.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_from_the_end_of_an_epoch(pixels: Make, patches: Make, tmp_path: Path, validates: bool) -> None:
+    """Where Lightning saves after an epoch, and has counted it already; epochs have four batches."""
+
+    def fit(name: str, max_steps: int, start: Path | None = None) -> dict[int, dict[str, float]]:
+        ends = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        ended[name] = EpochEnds(tmp_path / name)
+        made = pixels(), patches(batch_size=2, held_out=4 / 11), [ExponentialMovingAverage(20.0), ended[name]]
+        how = {"max_steps": max_steps, "limit_val_batches": 1 if validates else 0}
+        return run(made, start, keepers=[keeper(tmp_path / name), ends], **how)
+
+    ended: dict[str, EpochEnds] = {}
+    whole = fit("whole", 10)
+    assert ended["whole"].steps == [4, 8, 10]
+    for name, end in {"epoch=0": 4, "epoch=1": 8, "begins=1": 4, "begins=2": 8}.items():
+        rest = fit(name, 10, tmp_path / "whole" / f"{name}.ckpt")
+        assert rest == {batch: logged for batch, logged in whole.items() if batch >= end}
+        assert_same(at(tmp_path / name, 10), at(tmp_path / "whole", 10), name)
+        assert ended[name].steps == [step for step in (8, 10) if step > end], "no epoch ends twice"
+    fit("first", 4)
+    rest = fit("extended", 10, tmp_path / "first" / "epoch=0.ckpt")
+    assert rest == {batch: logged for batch, logged in whole.items() if batch >= 4}
+    assert_same(at(tmp_path / "extended", 10), at(tmp_path / "whole", 10))
