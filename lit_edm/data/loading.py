@@ -36,7 +36,7 @@ def make_loader(dataset: Dataset[Example], batch_size: int, num_workers: int) ->
         batch_size: Examples in a batch.
         num_workers: Processes that load examples; 0 loads them in the training process.
     """
-    return DataLoader(dataset, batch_size, **loading(num_workers))
+    return Loader(dataset, batch_size, **loading(num_workers))
 
 
 def make_training_loader(
@@ -94,7 +94,7 @@ def end_with_training(worker: int) -> None:
 
     Where a system does not tell who sent a signal, anybody may.
     """
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigwaitinfo"):  # blocked once more, for a worker need not inherit what its Loader has blocked
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_when_told_by, args=[os.getppid()], daemon=True).start()
 
@@ -105,7 +105,21 @@ def _end_when_told_by(parent: int) -> None:
     os._exit(0)
 
 
-class ResumableLoader(DataLoader[Example]):
+class Loader(DataLoader[Example]):
+    """A loader whose workers nobody but the training process ends, from the moment on that they are started."""
+
+    def _get_iterator(self) -> Any:
+        """Starts workers that have SIGTERM blocked; this process gets one that comes meanwhile right afterwards."""
+        if not hasattr(signal, "pthread_sigmask"):
+            return super()._get_iterator()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super()._get_iterator()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class ResumableLoader(Loader[Example]):
     """A loader that can begin in the middle of an epoch, which Lightning tells by `state_dict` and its counterpart.
 
     Where a run was is what Lightning's checkpoints say themselves, and exactly: a batch that was loaded, but that no

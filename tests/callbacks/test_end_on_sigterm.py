@@ -195,6 +195,7 @@ SLOW = """
 import os, time
 from pathlib import Path
 from lit_edm.cli import main
+from lit_edm.data import loading
 from lit_edm.modules import SDXLModule
 
 original = getattr(SDXLModule, name := os.environ["SLOW"])
@@ -204,7 +205,12 @@ def slow(*args, **settings):
     time.sleep(0.2)
     return original(*args, **settings)
 
+def late(worker, original=loading.end_with_training):
+    time.sleep(2 * worker)  # the first one makes the first batch, the others are still starting
+    original(worker)
+
 setattr(SDXLModule, name, slow)
+loading.end_with_training = late
 main()
 """
 
@@ -257,7 +263,7 @@ def test_by_the_command_line(
             os.killpg(run.pid, signal.SIGTERM)
         for rank in to or ():
             os.kill(ranks[rank], signal.SIGTERM)
-        assert run.wait(30) == code
+        assert run.wait(30) == code, (tmp_path / "log").read_text()
         assert all(ended(pid) for pid in ranks)
     finally:
         with suppress(ProcessLookupError):
