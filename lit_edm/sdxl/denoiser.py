@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lit_edm.edm import Preconditioning
 from lit_edm.sdxl.conditioning import Conditioning
+from lit_edm.sdxl.low_rank import casts_all_it_trains
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 class SDXLDenoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), Eq. 7 of Karras et al. (2022).
 
-    Everything around the network is float32; only the network's input is cast to its precision.
+    Everything around the network is float32; only the network's input is cast to its precision. It computes in that
+    precision throughout, unless it trains float32 weights that only autocast casts: autocast has norms return float32,
+    which each layer after them casts again and keeps.
 
     Args:
         unet: The network F.
@@ -25,6 +29,7 @@ class SDXLDenoiser(nn.Module):
         super().__init__()
         self.unet = unet
         self.preconditioning = preconditioning
+        self.needs_autocast = not casts_all_it_trains(unet)
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Denoises x (B, C, h, w), float32, at noise levels sigma (B,); returns the same shape, float32."""
@@ -34,4 +39,7 @@ class SDXLDenoiser(nn.Module):
         def network(x: Tensor, c_noise: Tensor) -> Tensor:
             return self.unet(x.to(dtype), c_noise, conditioning.context.to(dtype), added_cond_kwargs=added).sample
 
-        return self.preconditioning.denoise(network, x, sigma)
+        device = x.device.type
+        helps = self.needs_autocast or dtype == torch.float32
+        with torch.autocast(device, enabled=helps and torch.is_autocast_enabled(device)):
+            return self.preconditioning.denoise(network, x, sigma)

@@ -135,16 +135,21 @@ def put_on(updates: Mapping[str, LayerUpdate], network: nn.Module, trainable: bo
 
 def configs(updates: Mapping[str, LayerUpdate]) -> Iterator[tuple["PeftConfig", dict[str, LayerUpdate]]]:
     """Yields peft's description of each kind of update, with the updates of that kind."""
-    from peft import LoHaConfig, LoKrConfig, LoraConfig
+    from peft import LoHaConfig, LoKrConfig
 
-    kinds = {LoRAUpdate: LoraConfig, LoHaUpdate: LoHaConfig, LoKrUpdate: LoKrConfig}
+    from lit_edm.sdxl.lora_layers import lora_config
+
+    kinds = {LoHaUpdate: LoHaConfig, LoKrUpdate: LoKrConfig}
     groups: dict[tuple[type[LayerUpdate], bool], dict[str, LayerUpdate]] = {}
     for layer, update in updates.items():
         with_magnitude = isinstance(update, LoRAUpdate) and update.magnitude is not None
         groups.setdefault((type(update), with_magnitude), {})[layer] = update
     for (kind, with_magnitude), group in groups.items():
         sizes = {layer: Size(update.rank, update.scale * update.rank) for layer, update in group.items()}
-        yield kinds[kind](**patterns(sizes), **({"use_dora": True} if with_magnitude else {})), group
+        if kind is LoRAUpdate:
+            yield lora_config(sizes, use_dora=with_magnitude), group
+        else:
+            yield kinds[kind](**patterns(sizes)), group
 
 
 def fill(layer: Any, update: LayerUpdate, name: str) -> None:

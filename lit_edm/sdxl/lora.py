@@ -8,7 +8,7 @@ from torch import nn
 
 from lit_edm.edm.validation import check
 from lit_edm.sdxl.layers import adapter_key
-from lit_edm.sdxl.low_rank import LowRankAdapter, Size, patterns, updated_layers
+from lit_edm.sdxl.low_rank import LowRankAdapter, Size, updated_layers
 from lit_edm.sdxl.starts import FROM_WEIGHT, Start, check_start, start_from
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class LoRA(LowRankAdapter):
 
     def peft_config(self, sizes: Mapping[str, Size]) -> "PeftConfig":
         """Returns peft's description of the updates of the named layers."""
-        from peft import LoraConfig
+        from lit_edm.sdxl.lora_layers import lora_config  # which imports peft
 
-        return LoraConfig(
+        return lora_config(
+            sizes,
             lora_dropout=self.dropout,
             use_rslora=self.rank_stabilized,
             use_dora=self.has_magnitude,
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
-            **patterns(sizes),
         )
 
     def __call__(self, network: nn.Module, without: Sequence[str] = ()) -> None:
@@ -117,9 +117,9 @@ class LoCon(LowRankAdapter):
 
     def peft_config(self, sizes: Mapping[str, Size]) -> "PeftConfig":
         """Returns peft's description of the updates of the named layers."""
-        from peft import LoraConfig
+        from lit_edm.sdxl.lora_layers import lora_config  # which imports peft
 
-        return LoraConfig(lora_dropout=self.dropout, **patterns(sizes))
+        return lora_config(sizes, lora_dropout=self.dropout)
 
     def default_size(self, layer: nn.Module) -> tuple[int, float | None]:
         """Returns rank and alpha of layers that no pattern is given for."""

@@ -121,6 +121,13 @@ def updated_layers(network: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
+def casts_all_it_trains(network: nn.Module) -> bool:
+    """Tells whether a network needs no autocast: layers cast all that it trains to the precision they compute in."""
+    casting = [layer for layer in network.modules() if getattr(layer, "casts", False)]
+    cast = {id(parameter) for layer in casting for parameter in layer.parameters()}
+    return all(id(parameter) in cast for parameter in network.parameters() if parameter.requires_grad)
+
+
 @contextmanager
 def without_updates(network: nn.Module) -> Iterator[None]:
     """Lets a network compute without the updates of its layers, as long as the context is open."""

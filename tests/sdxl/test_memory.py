@@ -29,12 +29,12 @@ GIB = 2**30
 
 @pytest.mark.parametrize(
     ("adapter", "checkpointing", "gib"),
-    [(LoRA(rank=8), False, 7.3), (LoRA(rank=8), True, 0.45), (DoRA(rank=8), False, 15.4)],
+    [(LoRA(rank=8), False, 5.2), (LoRA(rank=8), True, 0.45), (DoRA(rank=8), False, 5.6)],
 )
-def test_the_real_sdxl_keeps_what_was_measured(
+def test_the_real_sdxl_keeps_what_was_counted(
     sdxl_unet: dict[str, Any], adapter: Adapter, checkpointing: bool, gib: float
 ) -> None:
-    """Eight seconds in all."""
+    """In bf16; peft's own layers keep 7.3 GiB for LoRA and 15.4 for DoRA, which is 2.1 times as much."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**sdxl_unet).requires_grad_(False).bfloat16()
         adapter(unet)
