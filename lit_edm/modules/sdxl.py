@@ -84,8 +84,8 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         clip_skip: Hidden layers of the text encoders to skip from the penultimate one on, as diffusers counts them.
         adapter: Chooses what is trained of the UNet; null trains nothing of it.
         text_encoder_adapter: Chooses what is trained of both text encoders; null trains nothing of them.
-        quantization: Holds the UNet's frozen weights in int8, half of bf16's memory, or nf4, a quarter; as they are if
-            null. Adapters train on what the UNet computes then; it is slower, as steps make weights from these.
+        quantization: How the UNet's frozen weights are held on the device: int8 takes half of bf16's memory, but steps
+            are slower, which make the weights anew; null leaves them as they are.
         text_encoder_quantization: Likewise of both text encoders.
         loss: Scores the denoiser on a batch of latents; if not given, what the base was trained with: the plain squared
             error of epsilon or of v at uniform timesteps, or EDM's own.
@@ -258,7 +258,7 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
             start_embeddings(self.embeddings, self.conditioner.new_embeddings())
         unet = self.checkpoint.load_unet(dtype)
         if self.quantization is not None:
-            quantize(unet, self.quantization)
+            quantize(unet)
         if self.adapter is not None:
             self.adapter(unet)
         unet.train()  # from_pretrained leaves it in eval mode, where adapters do not drop out

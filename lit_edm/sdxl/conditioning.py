@@ -72,7 +72,7 @@ class SDXLConditioner(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         if quantization is not None:
             for encoder in encoders:
-                quantize(encoder, quantization)
+                quantize(encoder)
         self.zeros_for_empty_prompt = checkpoint.zeros_for_empty_prompt()
         self.clip_skip = clip_skip
         self.adapter = adapter
