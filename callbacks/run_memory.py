@@ -10,6 +10,7 @@ from torch import nn
 from lit_edm.batch import DescribesImages, SummarizesImages
 from lit_edm.callbacks.ema import ExponentialMovingAverage
 from lit_edm.modules import EDMModule, SDXLModule
+from lit_edm.sdxl import FullFinetune
 from lit_edm.sdxl.memory import (
     TrainingMemory,
     bytes_kept,
@@ -82,6 +83,8 @@ def too_large(memory: TrainingMemory, there: int, module: LightningModule, data:
         remedies.append("set trainer.precision to bf16-mixed")
     if isinstance(module, SDXLModule) and getattr(data, "latent_cache", module) is None:
         remedies.append("give data.init_args.latent_cache, so that the VAE leaves the device")
+    if isinstance(module, SDXLModule) and module.quantization is None and not isinstance(module.adapter, FullFinetune):
+        remedies.append("set model.init_args.quantization to int8")
     advice = "; ".join(remedies) or "train less of it, or on smaller images"
     gib = 2**30
     return f"training takes about {memory.total / gib:.1f} GiB, and the device has {there / gib:.1f}: {advice}"

@@ -302,6 +302,7 @@ CASES = {
             f"{LOSS} --model.loss.noise=LogUniform --model.loss.noise.sigma_min=0.002 --model.loss.noise.sigma_max=80",
         ),
         Case("A spread below 0", settings=f"{LOSS} --model.loss.noise=LogNormal --model.loss.noise.p_std=-1"),
+        Case("Weights in int8 that are trained", settings="--model.adapter=FullFinetune --model.quantization=int8"),
         Case("Nothing is trained", settings="--model.adapter=null --model.tokens=null"),
         Case("A learning rate of what is not trained", settings="--model.text_encoders_lr=1e-4"),
         Case("The adapter's rank is 0", settings="--model.adapter.rank=0"),

@@ -26,6 +26,7 @@ from lit_edm.sdxl import (
 from lit_edm.sdxl.adapters import FullFinetune
 from lit_edm.sdxl.guidance import guided_at_once
 from lit_edm.sdxl.placement import at_hand
+from lit_edm.sdxl.quantized import Quantization
 from lit_edm.sdxl.schedulers import for_base
 
 
@@ -38,6 +39,8 @@ class SDXLRenderer(DiffusionModule):
     clip_skip: int
     adapter: Adapter | None
     text_encoder_adapter: Adapter | None
+    quantization: Quantization | None
+    text_encoder_quantization: Quantization | None
     latents: LatentSpace
     conditioner: SDXLConditioner
     denoiser: SDXLDenoiser
@@ -134,6 +137,8 @@ class SDXLRenderer(DiffusionModule):
             "tokens": self.placeholders.tokens,
             "pool_at_end": self.pool_at_end,
             "clip_skip": self.clip_skip,
+            "quantization": self.quantization,
+            "text_encoder_quantization": self.text_encoder_quantization,
             **self.generation.described(),
         }
 

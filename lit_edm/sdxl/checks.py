@@ -109,6 +109,15 @@ def check_teacher(needed: bool, *adapters: Adapter | None) -> None:
         )
 
 
+def check_quantization(setting: str, quantization: object | None, adapter: Adapter | None) -> None:
+    """Raises InputError if weights are to be held in few bits that are to be trained themselves."""
+    if quantization is not None and isinstance(adapter, FullFinetune):
+        raise InputError(
+            f"model.init_args.{setting} is {quantization}, which is for frozen weights, but FullFinetune trains them; "
+            "remove the line, or train a LoRA"
+        )
+
+
 def check_clip_skip(clip_skip: int, checkpoint: SDXLCheckpoint) -> None:
     """Raises InputError if that many hidden layers cannot be skipped."""
     layers = min(checkpoint.text_layers())

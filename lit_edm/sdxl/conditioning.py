@@ -12,6 +12,7 @@ from lit_edm.cache import MemoryCache, TensorCache, fingerprint
 from lit_edm.sdxl.adapters import Adapter
 from lit_edm.sdxl.checkpoint import SDXLCheckpoint
 from lit_edm.sdxl.placement import at_hand, place_frozen
+from lit_edm.sdxl.quantized import Quantization, quantize
 from lit_edm.sdxl.text_store import TextStore
 from lit_edm.sdxl.tokens import ExtendedEmbedding, Placeholders, add_tokens
 
@@ -49,6 +50,7 @@ class SDXLConditioner(nn.Module):
         clip_skip: Hidden layers to skip from the penultimate one on, as diffusers counts them.
         adapter: Chooses what is trained of both encoders; nothing if not given.
         cache: Where encoded texts are kept while nothing here learns; nowhere if not given.
+        quantization: How frozen weights are held; as they are if not given.
     """
 
     def __init__(
@@ -61,12 +63,16 @@ class SDXLConditioner(nn.Module):
         clip_skip: int = 0,
         adapter: Adapter | None = None,
         cache: TensorCache | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
         self.placeholders = placeholders
         self.tokenizers = checkpoint.load_tokenizers()
         encoders = checkpoint.load_text_encoders(dtype)
         self.encoders = nn.ModuleList(encoders)
+        if quantization is not None:
+            for encoder in encoders:
+                quantize(encoder)
         self.zeros_for_empty_prompt = checkpoint.zeros_for_empty_prompt()
         self.clip_skip = clip_skip
         self.adapter = adapter

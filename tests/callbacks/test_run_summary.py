@@ -254,6 +254,15 @@ def test_memory_of_a_run(tiny: Path, icons: Path, trainer: Make) -> None:
         ({"gradient_checkpointing": True, "batch_size": 1}, "give data.init_args.latent_cache, so that the VAE leaves"),
         (
             {"gradient_checkpointing": True, "batch_size": 1, "latent_cache": MemoryCache()},
+            "set model.init_args.quantization to int8",
+        ),
+        (
+            {
+                "gradient_checkpointing": True,
+                "quantization": "int8",
+                "batch_size": 1,
+                "latent_cache": MemoryCache(),
+            },
             "train less of it, or on smaller images",
         ),
     ],
@@ -261,8 +270,8 @@ def test_memory_of_a_run(tiny: Path, icons: Path, trainer: Make) -> None:
 def test_a_device_that_is_too_small(tiny: Path, icons: Path, settings: dict[str, Any], remedies: str) -> None:
     memory = TrainingMemory(frozen=5 * 2**30, trained=2**29, optimizer=2**30, average=0, activations=2**30)
     own = {"batch_size": 4, "latent_cache": None} | settings
-    module = SDXLModule(str(tiny), gradient_checkpointing=own.pop("gradient_checkpointing", False))
-    images = CaptionedImagesDataModule(icons, **own)
+    of_module = {key: own.pop(key) for key in ("gradient_checkpointing", "quantization") if key in own}
+    module, images = SDXLModule(str(tiny), **of_module), CaptionedImagesDataModule(icons, **own)
     warning = too_large(memory, 6 * 2**30, module, images)
     assert warning is not None
     assert warning.startswith(f"training takes about 8.0 GiB, and the device has 6.0: {remedies}")

@@ -246,10 +246,17 @@ def test_prodigy_of_others_is_refused(run: Callable[..., dict[str, Any]]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((ModelParallelStrategy(), "32-true", "fit", None), "ModelParallelStrategy, .* write trainer.strategy: fsdp2"),
-        ((FSDP2Strategy(), "32-true", "predict", None), "is for training"),
-        ((FSDP2Strategy(), "16-mixed", "fit", None), "use bf16-mixed"),
-        ((FSDP2Strategy(), "32-true", "fit", SimpleNamespace(needs_teacher=True)), "is TeacherPrior"),
+        (
+            (ModelParallelStrategy(), "32-true", "fit", None, None),
+            "ModelParallelStrategy, .* write trainer.strategy: fsdp2",
+        ),
+        ((FSDP2Strategy(), "32-true", "predict", None, None), "is for training"),
+        ((FSDP2Strategy(), "16-mixed", "fit", None, None), "use bf16-mixed"),
+        ((FSDP2Strategy(), "32-true", "fit", SimpleNamespace(needs_teacher=True), None), "is TeacherPrior"),
+        (
+            (FSDP2Strategy(), "32-true", "fit", None, "int8"),
+            "is int8, which trainer.strategy: fsdp2 cannot split",
+        ),
     ],
 )
 def test_what_shards_cannot_do_is_refused(arguments: Any, message: str) -> None:
