@@ -1,8 +1,9 @@
 """Frozen weights in 8 bits: whole numbers, and a scale for each block of 64; layers make a weight as they need it.
 
 Whatever is trained on such a base sees the weights that the layers' `weight` returns, and those alone: outputs and
-gradients are to the bit those of plain layers that hold them. Nothing but torch is needed, and DoRA, PiSSA and updates
-of convolutions work as ever, which they do not on the layers of torchao and bitsandbytes.
+gradients are to the bit those of plain layers that hold them. Nothing but torch is needed, and all adapters work as
+ever: DoRA and the starts from a part of W read weights, which those of torchao and bitsandbytes do not give as plain
+tensors.
 
 Numbers of a normal distribution are off by 0.6 %; they would be by 2.7 % in float8, which takes as much room, and by
 9 % in NF4, which takes half of it.
