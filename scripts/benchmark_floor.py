@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_edm.modules import SDXLModule
+from lit_edm.sdxl.compilation import uncompiled
 from lit_edm.sdxl.memory import on_meta
 
 TOKENS = 77
@@ -103,8 +104,11 @@ class Floor:
             name: value.to("meta", torch.float32 if value.is_floating_point() else None)
             for name, value in self.inputs.items()
         }
-        eager = torch.compiler.set_stance("force_eager")  # nothing compiled could be counted
-        with eager, without_checkpointing(self.networks), FlopCounterMode(display=False) as counter:
+        with (
+            uncompiled(self.networks),
+            without_checkpointing(self.networks),
+            FlopCounterMode(display=False) as counter,
+        ):
             functional_call(self.networks, weights, kwargs=inputs).sum().backward()
         return counter.get_total_flops()
 

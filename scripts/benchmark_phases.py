@@ -120,8 +120,6 @@ class Stopwatch(Callback):
         self.profiler.watch(trainer, pl_module)
         precision = trainer.precision_plugin.forward_context
         self.floors = {part: Floor(pl_module, part == "before", s.batch_size, s.side, precision) for part in s.parts}
-        if s.compile:
-            pl_module.denoiser.unet.compile_repeated_blocks()
         self.since = self.now()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: SDXLModule, *_: Any) -> None:

@@ -160,6 +160,7 @@ def arguments(settings: Settings, folder: Path) -> list[str]:
         "model.vae": None,
         "model.adapter": settings.adapter,
         "model.gradient_checkpointing": settings.gradient_checkpointing,
+        "model.compile": settings.compile,
         "model.text_cache": "MemoryCache" if settings.caches else None,
         "data.root": f"{folder}/images",
         "data.instance_prompt": "a photo of TOK",

@@ -138,8 +138,16 @@ class ShardedTraining(LightningModule):
         self._validating.close()
 
 
-def check_strategy(strategy: Any, precision: str, stage: str, images: Any, quantization: str | None) -> None:
-    """Raises InputError if weights would be in shards for what wants them whole, and says what to do."""
+def check_strategy(strategy: Any, precision: str, stage: str, images: Any, whole: Mapping[str, object]) -> None:
+    """Raises InputError if weights would be in shards for what wants them whole, and says what to do.
+
+    Args:
+        strategy: Of the trainer.
+        precision: Of the trainer.
+        stage: What the trainer does.
+        images: The data module.
+        whole: The model's settings that want whole weights, by name.
+    """
     name = "trainer.strategy: fsdp2"
     if not isinstance(strategy, FSDP2Strategy):
         raise InputError(
@@ -149,11 +157,12 @@ def check_strategy(strategy: Any, precision: str, stage: str, images: Any, quant
         raise InputError(f"{name} is for training; render with trainer.strategy: ddp, or on one device")
     if precision == "16-mixed":
         raise InputError(f"trainer.precision is 16-mixed, which {name} cannot scale the loss for; use bf16-mixed")
-    if quantization is not None:
-        raise InputError(
-            f"model.init_args.quantization is {quantization}, which {name} cannot split; remove the line, for shards "
-            "of the weights are small, or write trainer.strategy: ddp"
-        )
+    for setting, value in whole.items():
+        if value:
+            raise InputError(
+                f"model.init_args.{setting} is {value}, which {name} cannot split; remove the line, or write "
+                "trainer.strategy: ddp"
+            )
     if getattr(images, "needs_teacher", False):  # the UNet would run once more on some processes, and wait for others
         raise InputError(f"data.init_args.prior is TeacherPrior, which {name} cannot ask; use ClassImages, or ddp")
 

@@ -13,6 +13,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from lit_edm.sdxl.compilation import uncompiled
+
 STATES_OF_ADAM = 2
 """Numbers that most optimizers keep of each trained one: running mean and running square of the gradient."""
 
@@ -79,7 +81,12 @@ def bytes_kept(network: nn.Module, dtype: torch.dtype, *args: Any, **kwargs: Any
         return tensor
 
     try:
-        with torch.random.fork_rng(devices=[]), FlashAttention(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            uncompiled(network),
+            torch.random.fork_rng(devices=[]),
+            FlashAttention(),
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             functional_call(network, weights, args, kwargs)
     except RuntimeError:
         return None

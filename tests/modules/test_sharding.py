@@ -247,15 +247,18 @@ def test_prodigy_of_others_is_refused(run: Callable[..., dict[str, Any]]) -> Non
     ("arguments", "message"),
     [
         (
-            (ModelParallelStrategy(), "32-true", "fit", None, None),
+            (ModelParallelStrategy(), "32-true", "fit", None, {}),
             "ModelParallelStrategy, .* write trainer.strategy: fsdp2",
         ),
-        ((FSDP2Strategy(), "32-true", "predict", None, None), "is for training"),
-        ((FSDP2Strategy(), "16-mixed", "fit", None, None), "use bf16-mixed"),
-        ((FSDP2Strategy(), "32-true", "fit", SimpleNamespace(needs_teacher=True), None), "is TeacherPrior"),
+        ((FSDP2Strategy(), "32-true", "predict", None, {}), "is for training"),
+        ((FSDP2Strategy(), "16-mixed", "fit", None, {}), "use bf16-mixed"),
         (
-            (FSDP2Strategy(), "32-true", "fit", None, "int8"),
-            "is int8, which trainer.strategy: fsdp2 cannot split",
+            (FSDP2Strategy(), "32-true", "fit", SimpleNamespace(needs_teacher=True), {"compile": False}),
+            "is TeacherPrior",
+        ),
+        (
+            (FSDP2Strategy(), "32-true", "fit", None, {"compile": False, "quantization": "int8"}),
+            "quantization is int8, which trainer.strategy: fsdp2 cannot split",
         ),
     ],
 )
