@@ -45,6 +45,7 @@ from lit_edm.sdxl import (
     SDXLDenoiser,
 )
 from lit_edm.sdxl.adapters import initial_state
+from lit_edm.sdxl.checkpointing import Block, choose, compute_again
 from lit_edm.sdxl.checks import (
     check_clip_skip,
     check_initializers,
@@ -56,7 +57,8 @@ from lit_edm.sdxl.checks import (
     latent_statistics_differ,
 )
 from lit_edm.sdxl.from_file import start_embeddings
-from lit_edm.sdxl.outlines import check_text_encoders, check_unet, check_weights
+from lit_edm.sdxl.latents import vae_factor
+from lit_edm.sdxl.outlines import adapted_unet, check_text_encoders, check_unet, check_weights
 from lit_edm.seeds import run_seed, seed_of, seeded
 
 LOSS_OF_THE_BASE = EDMLoss(UniformTimesteps(), SNRWeighting())
@@ -91,7 +93,10 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         embeddings_weight_decay: Weight decay of the new tokens' embeddings; the optimizer's own if not given.
         text_encoders_lr: Learning rate of the text encoders; the optimizer's own if not given.
         text_encoders_weight_decay: Weight decay of the text encoders; the optimizer's own if not given.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third slower.
+        gradient_checkpointing: Compute blocks again in the backward pass rather than keep their activations: true for
+            all of them, in the least memory and a third slower; or GiB that those of the UNet may take on each device,
+            for no more blocks than it needs, which are chosen by counting what a batch of the largest images keeps.
+            Text encoders that learn, which are small beside, are computed again with either.
         text_cache: Where encoded captions are kept while neither text encoders nor tokens learn, so that the encoders
             leave the device; nowhere if not given.
         generation: How `lit-edm predict` renders, and what with.
@@ -120,7 +125,7 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         embeddings_weight_decay: float | None = None,
         text_encoders_lr: float | None = None,
         text_encoders_weight_decay: float | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | float = False,
         text_cache: TensorCache | None = None,
         generation: Generation = Generation(),
     ) -> None:
@@ -142,6 +147,7 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
             "embeddings": {"lr": embeddings_lr, "weight_decay": embeddings_weight_decay},
         }
         self.gradient_checkpointing = gradient_checkpointing
+        self.computed_again: tuple[Block, ...] | None = None  # all of them until a run's batches are known
         self.text_cache = text_cache
         self.generation = generation
         if unknown := self.initializers.keys() - self.placeholders.counts.keys():
@@ -199,6 +205,27 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
                     f"model.init_args.tokens: no caption holds the word {absent[0]}, so its tokens would learn "
                     f"nothing; the first caption is '{images.captions()[0]}'"
                 )
+        if stage == "fit" and not isinstance(self.gradient_checkpointing, bool):
+            self.computed_again = self.blocks_to_compute_again(images, self.gradient_checkpointing)
+
+    def blocks_to_compute_again(self, images: object, gib: float) -> tuple[Block, ...]:
+        """Returns the blocks of the UNet whose activations have to go, so that a batch's take no more than so many GiB.
+
+        Raises:
+            InputError: They take more at the least, or the data module does not say how large a batch is.
+        """
+        count = getattr(images, "batch_size", None)
+        if not isinstance(images, DescribesImages) or not isinstance(count, int):
+            raise InputError(
+                f"model.init_args.gradient_checkpointing is {gib:g} GiB, but the data module tells no batch_size and "
+                "sizes that activations could be counted for; write true or false"
+            )
+        unet = adapted_unet(self.checkpoint, self.adapter, self.network_dtype())
+        height, width = max(images.sizes(), key=lambda size: size[0] * size[1])
+        factor = vae_factor(self.checkpoint.vae_config())
+        shape = count, unet.config.in_channels, height // factor, width // factor
+        learns_text = bool(self.placeholders.names) or self.text_encoder_adapter is not None
+        return choose(unet, self.network_dtype(), shape, learns_text, gib)
 
     def check_networks(self, images: object) -> None:
         """Checks what is put on the networks, and where what they make is kept; see setup."""
@@ -217,13 +244,15 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
                 rank_zero_warn(warning)
 
     def configure_model(self) -> None:
-        """Loads the networks, once: Lightning calls this for every stage.
+        """Loads the networks, once: Lightning calls this for every stage, each of which may have other batches.
 
         Where what is trained starts follows from the run's seed alone, whatever was drawn before, on all processes.
         """
         if not hasattr(self, "denoiser"):
             with seeded(seed_of(run_seed())):
                 self.load_networks()
+        if self.computed_again is not None:
+            compute_again(self.denoiser.unet, [block.name for block in self.computed_again])
 
     def load_networks(self) -> None:
         """Loads the networks and puts on them what is trained."""

@@ -1,7 +1,7 @@
 """What training takes of a device's memory, counted before it begins."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,33 +57,61 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def bytes_kept(network: nn.Module, dtype: torch.dtype, *args: Any, **kwargs: Any) -> int | None:
     """Counts what a network's forward pass keeps for the backward pass, by running it without computing anything.
 
-    The network runs as it is, adapters and gradient checkpointing included, on tensors that have shapes and no values.
-    There is no autocast among these: layers compute in the precision that is given here, and adapters in their own.
+    The network runs as it is, adapters and gradient checkpointing included; see run_without_values.
 
     Args:
         network: The network, on any device, which is left as it is.
-        dtype: What autocast has layers compute in: trained ones, held in float32, are kept in it too.
+        dtype: What autocast has layers compute in.
         args: Of its forward pass; tensors are on the meta device.
         kwargs: Likewise.
 
     Returns:
         Bytes; None if some layer asks for values.
     """
-    weights, copies = on_meta(network, dtype)
-    own = {weight.untyped_storage()._cdata for weight in weights.values()}
     kept: dict[int, Any] = {}  # by storage, each of which is kept once; held here so that no other takes its address
 
-    def keep(tensor: Tensor) -> Tensor:
-        if (storage := tensor.untyped_storage())._cdata not in own:
+    def keep(storage: Any, of_weight: bool) -> None:
+        if not of_weight:
             kept[storage._cdata] = storage
-        return tensor
 
     try:
-        with torch.random.fork_rng(devices=[]), FlashAttention(), saved_tensors_hooks(keep, lambda tensor: tensor):
-            functional_call(network, weights, args, kwargs)
+        copies = run_without_values(network, dtype, keep, *args, **kwargs)
     except RuntimeError:
         return None
     return copies + sum(storage.nbytes() for storage in kept.values())
+
+
+def run_without_values(
+    network: nn.Module, dtype: torch.dtype, keep: Callable[[Any, bool], None], *args: Any, **kwargs: Any
+) -> int:
+    """Runs a network's forward pass on tensors that have shapes and no values.
+
+    There is no autocast among these: layers compute in the precision that is given here, and adapters in their own.
+
+    Args:
+        network: The network, on any device, which is left as it is.
+        dtype: What autocast has layers compute in: trained ones, held in float32, are kept in it too.
+        keep: Called with the storage of each tensor as it is kept for the backward pass, and whether it is a weight's.
+        args: Of the forward pass; tensors are on the meta device.
+        kwargs: Likewise.
+
+    Returns:
+        Bytes of the copies of weights that autocast makes.
+
+    Raises:
+        RuntimeError: Some layer asks for values.
+    """
+    weights, copies = on_meta(network, dtype)
+    own = {weight.untyped_storage()._cdata for weight in weights.values()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        keep(storage, storage._cdata in own)
+        return tensor
+
+    with torch.random.fork_rng(devices=[]), FlashAttention(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        functional_call(network, weights, args, kwargs)
+    return copies
 
 
 def on_meta(network: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
@@ -119,12 +147,19 @@ def kept_by_unet(unet: Any, dtype: torch.dtype, shape: tuple[int, int, int, int]
         shape: Of a batch of latents, (B, C, h, w).
         learns_text: Whether the gradient goes on to what it is conditioned on.
     """
-    count, config = shape[0], unet.config
+    args, kwargs = unet_inputs(unet.config, dtype, shape, learns_text)
+    return bytes_kept(unet, dtype, *args, **kwargs)
+
+
+def unet_inputs(
+    config: Any, dtype: torch.dtype, shape: tuple[int, int, int, int], learns_text: bool
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Returns arguments without values of the forward pass of an SDXL UNet with a config; see kept_by_unet."""
+    count = shape[0]
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     context = nothing(count, 77, config.cross_attention_dim, dtype=dtype).requires_grad_(learns_text)
     added = {"text_embeds": nothing(count, pooled, dtype=dtype), "time_ids": nothing(count, 6)}
-    latents = nothing(*shape, dtype=dtype)
-    return bytes_kept(unet, dtype, latents, nothing(count), context, added_cond_kwargs=added)
+    return (nothing(*shape, dtype=dtype), nothing(count), context), {"added_cond_kwargs": added}
 
 
 def kept_by_text_encoder(encoder: nn.Module, dtype: torch.dtype, count: int) -> int | None:

@@ -38,6 +38,7 @@ from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
 from lit_edm.modules.prior import blank_batch, unit_noise
 from lit_edm.sdxl import FullFinetune, LoRA
+from lit_edm.sdxl.memory import kept_by_unet
 
 CPU = torch.device("cpu")
 
@@ -226,6 +227,51 @@ def test_gradient_checkpointing_changes_memory_alone(tiny: Path, batch: Batch) -
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
     assert gradients[0].numel() > 0
     torch.testing.assert_close(*gradients)
+
+
+class TestCheckpointingWithABudget:
+    """Of the UNet's activations, in GiB: the fewest and cheapest blocks are computed again so that it fits."""
+
+    def test_trains_the_same(self, tiny: Path, icons: Path) -> None:
+        found, blocks = [], []
+        for checkpointing in (False, 0.002, 0.001, True):
+            seed_everything(3, verbose=False)
+            module, recorder = module_of(tiny, gradient_checkpointing=checkpointing), Recorder()
+            trainer_of(recorder).fit(module, data_of(icons))
+            found.append([*recorder.losses, *trained_values(module).values()])
+            blocks.append(len(module.computed_again or ()))
+        assert 0 < blocks[1] < blocks[2]
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+    def test_what_a_batch_keeps_is_within_it(self, tiny: Path, icons: Path) -> None:
+        module = module_of(tiny, gradient_checkpointing=0.002)
+        trainer_of(max_steps=1).fit(module, data_of(icons))
+        assert module.denoiser.unet.is_gradient_checkpointing
+        kept = kept_by_unet(module.denoiser.unet, torch.float32, (4, 4, 8, 8), learns_text=True)
+        assert kept is not None
+        assert 0.0015 < kept / 2**30 <= 0.002
+        images = data_of(icons)
+        images.batch_size = 1
+        trainer_of(max_steps=1).fit(module, images)
+        assert not module.denoiser.unet.is_gradient_checkpointing, "another run's batches are small enough"
+
+    def test_is_refused_before_weights_are_loaded(self, tiny: Path, icons: Path) -> None:
+        module = module_of(tiny, gradient_checkpointing=0.0001)
+        with pytest.raises(InputError, match=r"is 0\.0001 GiB, but the UNet keeps 0\.01 of a batch of 4"):
+            trainer_of().fit(module, data_of(icons))
+        assert not hasattr(module, "denoiser")
+
+    def test_wants_to_know_the_batch(self, tiny: Path, batch: Batch) -> None:
+        module = module_of(tiny, gradient_checkpointing=2.0)
+        with pytest.raises(InputError, match="the data module tells no batch_size"):
+            trainer_of().fit(module, [batch])
+
+    def test_all_is_computed_again_until_then(self, tiny: Path) -> None:
+        module = module_of(tiny, gradient_checkpointing=2.0)
+        module.configure_model()
+        assert module.denoiser.unet.is_gradient_checkpointing
+        assert all(encoder.is_gradient_checkpointing for encoder in module.conditioner.encoders)
 
 
 def test_learned_parts_of_the_loss_are_trained_without_decay_and_saved(tiny: Path, icons: Path, tmp_path: Path) -> None:
