@@ -59,6 +59,7 @@ from lit_edm.sdxl.checks import (
 from lit_edm.sdxl.from_file import start_embeddings
 from lit_edm.sdxl.latents import vae_factor
 from lit_edm.sdxl.outlines import adapted_unet, check_text_encoders, check_unet, check_weights
+from lit_edm.sdxl.placement import alone
 from lit_edm.seeds import run_seed, seed_of, seeded
 
 LOSS_OF_THE_BASE = EDMLoss(UniformTimesteps(), SNRWeighting())
@@ -297,11 +298,15 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         """Has images and captions encoded that training would encode again and again; warns of captions cut off."""
         self.groups.wake()
         images = getattr(self.trainer, "datamodule", None)
+        encoders = self.conditioner.encoders
         if isinstance(images, NeedsPictures):
-            with unsharded(self):
-                images.render_missing(self.render_class_images)
-        if isinstance(images, CachesLatents) and images.fill_cache(self.moments, self.latents.fingerprint):
-            self.latents.release()
+            with unsharded(self), alone(self.render_class_images, [encoders]) as render:
+                images.render_missing(render)
+        if isinstance(images, CachesLatents):
+            others = [encoders] if self.device_mesh is not None else [encoders, self.denoiser]  # shards stay in place
+            with alone(self.moments, others) as encode:
+                if images.fill_cache(encode, self.latents.fingerprint):
+                    self.latents.release()  # before the others are back
         if isinstance(images, DescribesImages) and (long := self.conditioner.too_long(images.captions())):
             rank_zero_warn(
                 f"{len(long)} captions are longer than the text encoders read, and only their beginnings are trained; "

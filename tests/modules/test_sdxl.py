@@ -577,6 +577,59 @@ def test_frozen_encoders_run_before_training_alone(tiny: Path, icons: Path) -> N
     assert runs == ["encoder", "encoder", "training"], "22 captions, 16 at once"
 
 
+class Places(Callback):
+    """Watches where frozen weights are, on a machine where there is one place alone, by what has been asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away: set[int] = set()
+        self.moved: set[str] = set()
+        self.seen: list[tuple[str, list[str]]] = []
+        monkeypatch.setattr("lit_edm.sdxl.placement.place_frozen", self.place)
+        monkeypatch.setattr("lit_edm.sdxl.latents.place_frozen", self.place)
+        monkeypatch.setattr("lit_edm.sdxl.conditioning.place_frozen", self.place)
+
+    def place(self, network: torch.nn.Module, device: Any) -> None:
+        parameters = {id(p) for p in network.parameters() if not p.requires_grad}
+        self.moved |= {name for name, own in self.frozen.items() if own & parameters}
+        self.away = self.away | parameters if device == "cpu" else self.away - parameters  # the device is device("cpu")
+
+    def setup(self, trainer: Trainer, pl_module: SDXLModule, stage: str) -> None:
+        pl_module.configure_model()
+        networks = {"unet": pl_module.denoiser, "text": pl_module.conditioner, "vae": pl_module.latents}
+        self.frozen = {n: {id(p) for p in m.parameters() if not p.requires_grad} for n, m in networks.items()}
+        parts = {"vae.encoder": pl_module.latents.vae.encoder, "vae.decoder": pl_module.latents.vae.decoder}
+        for name, part in (parts | {"unet": pl_module.denoiser.unet}).items():
+            part.register_forward_pre_hook(lambda *_, name=name: self.look(name))
+
+    def look(self, name: str) -> None:
+        self.seen.append((name, [part for part, own in self.frozen.items() if not own & self.away]))
+
+    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        self.look("training")
+
+
+def test_caches_are_filled_with_the_vae_alone_on_the_device(
+    tiny: Path, icons: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data_of(icons, latent_cache=MemoryCache())
+    for run in range(2):
+        module, places = module_of(tiny, optimizer=adamw), Places(monkeypatch)
+        trainer_of(places, max_steps=1).fit(module, images)
+        encoded = [there for name, there in places.seen if name == "vae.encoder"]
+        assert encoded == ([] if run else [["vae"]] * 22)
+        assert ("training", ["unet", "text"]) in places.seen
+        assert places.moved == ({"vae"} if run else {"vae", "unet", "text"}), "nothing leaves if there is nothing to do"
+
+
+def test_class_images_are_rendered_without_the_encoders(
+    tiny: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior, places = ClassImages(str(tmp_path), "an icon", num_images=1), Places(monkeypatch)
+    trainer_of(places, max_steps=1).fit(module_of(tiny, optimizer=adamw), data_of(icons, prior=prior))
+    assert places.seen[:30] == [("unet", ["unet", "vae"])] * 30
+    assert places.seen[30:32] == [("vae.decoder", ["unet", "vae"]), ("training", ["unet", "text", "vae"])]
+
+
 def test_encoders_are_back_when_a_phase_starts_late(tiny: Path, icons: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without weights that are there no gradient is right: here they are not numbers while they are away."""
     kept: dict[int, torch.Tensor] = {}
