@@ -28,7 +28,7 @@ class Block:
 
     Args:
         name: Its name in the UNet.
-        size: Bytes that it keeps and that go if it is computed again.
+        size: Bytes that it keeps beyond its inputs, which it keeps in their place if it is computed again.
         flops: What it costs to compute it again, up to the last thing that the backward pass needs.
     """
 
@@ -50,8 +50,9 @@ class Activations:
     """What a forward pass of a UNet keeps for the backward pass.
 
     Args:
-        always: Bytes that are kept whatever is computed again, inputs of blocks included.
-        blocks: All blocks that keep more than that, in the order of the forward pass.
+        always: Bytes that are kept whatever is computed again, at the most: inputs of blocks that are, and what several
+            blocks keep or what is in none.
+        blocks: All blocks that keep more than their inputs, in the order of the forward pass.
     """
 
     always: int
@@ -163,16 +164,25 @@ def measure(unet: Any, dtype: torch.dtype, shape: tuple[int, int, int, int], lea
     unet.enable_gradient_checkpointing(run)
     try:
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            always = run_without_values(unet, dtype, keep, *args, **kwargs)
+            run_without_values(unet, dtype, keep, *args, **kwargs)
     finally:
         unet.disable_gradient_checkpointing()
-    shared = {key for key, blocks in keepers.items() if "" in blocks or len(blocks) > 1}
-    shared |= {key for name in flops for key in inputs[name]}
-    sizes = Counter(dict.fromkeys(flops, 0))
-    for key in keepers.keys() - shared:
-        sizes[min(keepers[key])] += storages[key].nbytes()
-    blocks = tuple(Block(name, size, flops[name]) for name, size in sizes.items() if size)
-    return Activations(always + sum(storages[key].nbytes() for key in shared), blocks)
+    takers: dict[int, set[str]] = defaultdict(set)  # of each storage that is an input: blocks that would keep it
+    for name in flops:
+        for key in inputs[name]:
+            takers[key].add(name)
+    kept, instead, always = Counter[str](), Counter[str](), 0
+    for key, storage in storages.items():
+        keeping, taking = keepers.get(key, set()), takers.get(key, set())
+        if len(keeping) == 1 and "" not in keeping and not taking:
+            kept[min(keeping)] += storage.nbytes()
+        elif not keeping and len(taking) == 1:
+            instead[min(taking)] += storage.nbytes()
+        elif keeping or taking:
+            always += storage.nbytes()
+    always += sum(min(kept[name], instead[name]) for name in flops)
+    blocks = (Block(name, kept[name] - instead[name], flops[name]) for name in flops)
+    return Activations(always, tuple(block for block in blocks if block.size > 0))
 
 
 def attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
