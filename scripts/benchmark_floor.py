@@ -98,11 +98,11 @@ class Floor:
 
     def flop(self) -> int:
         """Counts the arithmetic, without what gradient checkpointing computes again, on tensors without values."""
-        weights, _ = on_meta(self.networks, torch.float32)
-        inputs = {
-            name: value.to("meta", torch.float32 if value.is_floating_point() else None)
-            for name, value in self.inputs.items()
-        }
+        given = (on_meta(self.networks), {name: value.to("meta") for name, value in self.inputs.items()})
+        weights, inputs = (  # in one precision, for there is no autocast
+            {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
+            for values in given
+        )
         eager = torch.compiler.set_stance("force_eager")  # nothing compiled could be counted
         with eager, without_checkpointing(self.networks), FlopCounterMode(display=False) as counter:
             functional_call(self.networks, weights, kwargs=inputs).sum().backward()

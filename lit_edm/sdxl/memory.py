@@ -96,8 +96,7 @@ def run_without_values(
     Raises:
         RuntimeError: Some layer asks for values.
     """
-    named = (*network.named_parameters(), *network.named_buffers())
-    weights = {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in named}
+    weights = on_meta(network)
     own = {weight.untyped_storage()._cdata for weight in weights.values()}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -107,6 +106,12 @@ def run_without_values(
 
     with torch.random.fork_rng(devices=[]), Autocast(dtype), saved_tensors_hooks(pack, lambda tensor: tensor):
         functional_call(network, weights, args, kwargs)
+
+
+def on_meta(network: nn.Module) -> dict[str, Tensor]:
+    """Returns a network's weights and buffers without values."""
+    named = (*network.named_parameters(), *network.named_buffers())
+    return {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in named}
 
 
 class Autocast(TorchFunctionMode):
