@@ -24,6 +24,7 @@ from lit_edm.modules.diffusion import trainable
 from lit_edm.optim import GroupedProdigy
 from lit_edm.sdxl.checkpointing import GIB, measure
 from lit_edm.sdxl.memory import Autocast, bytes_of, state_of
+from lit_edm.sdxl.sizes import SizeName
 
 FILE = Path(__file__).parents[1] / "benchmarks/memory.md"
 HALF = torch.bfloat16
@@ -100,12 +101,12 @@ def main() -> None:
     FILE.write_text(ABOUT + "\n".join(parts) + "\n", encoding="utf-8")
 
 
-def module_of(adapter: Any) -> SDXLModule:
-    """Returns a module of the real SDXL, with its networks, none of which have values."""
-    settings = Settings(size="full", side=64, adapter=adapter, precision="bf16-mixed", caches=False, accelerator="cpu")
+def module_of(adapter: Any, size: SizeName = "full") -> SDXLModule:
+    """Returns a module with the networks of a base, the real SDXL if not given, none of which have values."""
+    settings = Settings(size=size, side=64, adapter=adapter, precision="bf16-mixed", caches=False, accelerator="cpu")
     with TemporaryDirectory() as folder:
         module = build(settings, Path(folder)).model
-        module.checkpoint = UntrainedSDXL(f"{folder}/base", size="full", device=META)
+        module.checkpoint = UntrainedSDXL(f"{folder}/base", size=size, device=META)
         module.network_dtype = lambda: HALF
         module.configure_model()
     return module
@@ -135,7 +136,7 @@ def compute_all_again(module: SDXLModule) -> None:
 
     module.denoiser.unet.enable_gradient_checkpointing(again)
     module.conditioner.enable_gradient_checkpointing()
-    for part in module.conditioner.encoders.modules():
+    for part in list[Any](module.conditioner.encoders.modules()):
         if hasattr(part, "_gradient_checkpointing_func"):
             part._gradient_checkpointing_func = again
 
