@@ -21,6 +21,10 @@ from lit_edm.sdxl.memory import (
     state_of,
 )
 
+GIB = 2**30
+ROOM_FOR_OTHERS = 1.0
+"""GiB of a device for what TrainingMemory leaves out."""
+
 
 def training_memory(trainer: Trainer, module: LightningModule) -> TrainingMemory:
     """Estimates what training takes while most is trained: before any phase lets something rest."""
@@ -75,8 +79,13 @@ def too_large(memory: TrainingMemory, there: int, module: LightningModule, data:
     if memory.total <= there:
         return None
     remedies = []
-    if getattr(module, "gradient_checkpointing", True) is False:
-        remedies.append("set model.init_args.gradient_checkpointing to true")
+    checkpointing = getattr(module, "gradient_checkpointing", True)
+    if checkpointing is False:
+        room = (there - memory.total + (memory.activations or 0)) / GIB - ROOM_FOR_OTHERS
+        budget = f", or to {room:.1f}, the GiB that are left for activations" if room >= 0.1 else ""
+        remedies.append(f"set model.init_args.gradient_checkpointing to true{budget}")
+    elif checkpointing is not True:
+        remedies.append("lower model.init_args.gradient_checkpointing, or set it to true")
     if getattr(data, "batch_size", 1) > 1:
         remedies.append("lower data.init_args.batch_size, and raise trainer.accumulate_grad_batches for it")
     if isinstance(module, SDXLModule) and str(module._trainer and module.trainer.precision) == "32-true":
@@ -86,5 +95,4 @@ def too_large(memory: TrainingMemory, there: int, module: LightningModule, data:
     if isinstance(module, SDXLModule) and module.quantization is None and not isinstance(module.adapter, FullFinetune):
         remedies.append("set model.init_args.quantization to int8")
     advice = "; ".join(remedies) or "train less of it, or on smaller images"
-    gib = 2**30
-    return f"training takes about {memory.total / gib:.1f} GiB, and the device has {there / gib:.1f}: {advice}"
+    return f"training takes about {memory.total / GIB:.1f} GiB, and the device has {there / GIB:.1f}: {advice}"

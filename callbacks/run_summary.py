@@ -104,6 +104,9 @@ def told_of_memory(memory: TrainingMemory, module: LightningModule, data: object
     parts = {"frozen": memory.frozen, "trained": memory.trained, "gradients": memory.gradients}
     parts |= {"optimizer": memory.optimizer, "average": memory.average, "activations": memory.activations or 0}
     told = ", ".join(f"{readable(size)} {name}" for name, size in parts.items() if size)
+    if blocks := getattr(module, "computed_again", None):
+        cost = sum(block.flops for block in blocks) / 1e12
+        told += f" ({len(blocks)} blocks of the UNet are computed again, {cost:.2f} TFLOP a batch)"
     total = f"about {readable(memory.total)}" + ("" if memory.activations is not None else " without activations")
     if module.device.type != "cuda":
         return f"{total}: {told}"

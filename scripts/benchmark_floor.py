@@ -28,6 +28,7 @@ class BareNetworks(nn.Module):
     def __init__(self, module: SDXLModule, learns: bool) -> None:
         super().__init__()
         self.unet: Any = module.denoiser.unet
+        self.autocast = module.denoiser.autocast
         self.encoders = nn.ModuleList(module.conditioner.encoders if learns else [])
 
     def inputs(self, count: int, shape: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
@@ -60,7 +61,8 @@ class BareNetworks(nn.Module):
             context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).to(latents.dtype)
             pooled = outputs[-1].text_embeds.to(latents.dtype)
         added = {"text_embeds": pooled, "time_ids": time_ids}
-        return self.unet(latents, c_noise, context, added_cond_kwargs=added).sample
+        with self.autocast(latents.device.type):
+            return self.unet(latents, c_noise, context, added_cond_kwargs=added).sample
 
 
 class Floor:
@@ -99,11 +101,11 @@ class Floor:
 
     def flop(self) -> int:
         """Counts the arithmetic, without what gradient checkpointing computes again, on tensors without values."""
-        weights, _ = on_meta(self.networks, torch.float32)
-        inputs = {
-            name: value.to("meta", torch.float32 if value.is_floating_point() else None)
-            for name, value in self.inputs.items()
-        }
+        given = (on_meta(self.networks), {name: value.to("meta") for name, value in self.inputs.items()})
+        weights, inputs = (  # in one precision, for there is no autocast
+            {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
+            for values in given
+        )
         with (
             uncompiled(self.networks),
             without_checkpointing(self.networks),

@@ -308,6 +308,7 @@ CASES = {
         Case("The adapter's rank is 0", settings="--model.adapter.rank=0"),
         Case("The adapter's alpha is negative", settings="--model.adapter.alpha=-1"),
         Case("The adapter drops out more than everything", settings="--model.adapter.dropout=1.5"),
+        Case("No activations fit", settings="--model.gradient_checkpointing=0.0001"),
         Case("A block that does not exist", settings='--model.adapter.blocks=["nosuch"]'),
         Case("A layer that does not exist", settings='--model.adapter.target_modules=["nosuch"]'),
         Case("A rank of a layer that is not trained", settings='--model.adapter.ranks={"conv_in":4}'),

@@ -45,6 +45,7 @@ from lit_edm.sdxl import (
     SDXLDenoiser,
 )
 from lit_edm.sdxl.adapters import initial_state
+from lit_edm.sdxl.checkpointing import Block, choose, compute_again
 from lit_edm.sdxl.checks import (
     check_clip_skip,
     check_initializers,
@@ -58,7 +59,9 @@ from lit_edm.sdxl.checks import (
 )
 from lit_edm.sdxl.compilation import check_compiler, compile_blocks
 from lit_edm.sdxl.from_file import start_embeddings
-from lit_edm.sdxl.outlines import check_text_encoders, check_unet, check_weights
+from lit_edm.sdxl.latents import vae_factor
+from lit_edm.sdxl.outlines import adapted_unet, check_text_encoders, check_unet, check_weights
+from lit_edm.sdxl.placement import alone
 from lit_edm.sdxl.quantized import Quantization, quantize
 from lit_edm.seeds import run_seed, seed_of, seeded
 
@@ -97,7 +100,10 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         embeddings_weight_decay: Weight decay of the new tokens' embeddings; the optimizer's own if not given.
         text_encoders_lr: Learning rate of the text encoders; the optimizer's own if not given.
         text_encoders_weight_decay: Weight decay of the text encoders; the optimizer's own if not given.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third slower.
+        gradient_checkpointing: Compute blocks again in the backward pass rather than keep their activations: true for
+            all of them, in the least memory and a third slower; or GiB that those of the UNet may take on each device,
+            for no more blocks than it needs, which are chosen by counting what a batch of the largest images keeps.
+            Text encoders that learn, which are small beside, are computed again with either.
         compile: Compile the UNet's transformer blocks: faster steps, after a first one of a minute or so.
         text_cache: Where encoded captions are kept while neither text encoders nor tokens learn, so that the encoders
             leave the device; nowhere if not given.
@@ -129,7 +135,7 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         embeddings_weight_decay: float | None = None,
         text_encoders_lr: float | None = None,
         text_encoders_weight_decay: float | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | float = False,
         compile: bool = False,  # noqa: A002 (what torch calls it)
         text_cache: TensorCache | None = None,
         generation: Generation = Generation(),
@@ -154,6 +160,7 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
             "embeddings": {"lr": embeddings_lr, "weight_decay": embeddings_weight_decay},
         }
         self.gradient_checkpointing = gradient_checkpointing
+        self.computed_again: tuple[Block, ...] | None = None  # all of them until a run's batches are known
         self.compiles = compile  # modules have a method of that name
         self.text_cache = text_cache
         self.generation = generation
@@ -217,6 +224,27 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
                     f"model.init_args.tokens: no caption holds the word {absent[0]}, so its tokens would learn "
                     f"nothing; the first caption is '{images.captions()[0]}'"
                 )
+        if stage == "fit" and not isinstance(self.gradient_checkpointing, bool):
+            self.computed_again = self.blocks_to_compute_again(images, self.gradient_checkpointing)
+
+    def blocks_to_compute_again(self, images: object, gib: float) -> tuple[Block, ...]:
+        """Returns the blocks of the UNet whose activations have to go, so that a batch's take no more than so many GiB.
+
+        Raises:
+            InputError: They take more at the least, or the data module does not say how large a batch is.
+        """
+        count = getattr(images, "batch_size", None)
+        if not isinstance(images, DescribesImages) or not isinstance(count, int):
+            raise InputError(
+                f"model.init_args.gradient_checkpointing is {gib:g} GiB, but the data module tells no batch_size and "
+                "sizes that activations could be counted for; write true or false"
+            )
+        unet = adapted_unet(self.checkpoint, self.adapter, self.network_dtype())
+        height, width = max(images.sizes(), key=lambda size: size[0] * size[1])
+        factor = vae_factor(self.checkpoint.vae_config())
+        shape = count, unet.config.in_channels, height // factor, width // factor
+        learns_text = bool(self.placeholders.names) or self.text_encoder_adapter is not None
+        return choose(unet, self.network_dtype(), shape, learns_text, gib)
 
     def check_networks(self, images: object) -> None:
         """Checks what is put on the networks, and where what they make is kept; see setup."""
@@ -235,13 +263,15 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
                 rank_zero_warn(warning)
 
     def configure_model(self) -> None:
-        """Loads the networks, once: Lightning calls this for every stage.
+        """Loads the networks, once: Lightning calls this for every stage, each of which may have other batches.
 
         Where what is trained starts follows from the run's seed alone, whatever was drawn before, on all processes.
         """
         if not hasattr(self, "denoiser"):
             with seeded(seed_of(run_seed())):
                 self.load_networks()
+        if self.computed_again is not None:
+            compute_again(self.denoiser.unet, [block.name for block in self.computed_again])
 
     def load_networks(self) -> None:
         """Loads the networks and puts on them what is trained."""
@@ -291,11 +321,15 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         """Has images and captions encoded that training would encode again and again; warns of captions cut off."""
         self.groups.wake()
         images = getattr(self.trainer, "datamodule", None)
+        encoders = self.conditioner.encoders
         if isinstance(images, NeedsPictures):
-            with unsharded(self):
-                images.render_missing(self.render_class_images)
-        if isinstance(images, CachesLatents) and images.fill_cache(self.moments, self.latents.fingerprint):
-            self.latents.release()
+            with unsharded(self), alone(self.render_class_images, [encoders]) as render:
+                images.render_missing(render)
+        if isinstance(images, CachesLatents):
+            others = [encoders] if self.device_mesh is not None else [encoders, self.denoiser]  # shards stay in place
+            with alone(self.moments, others) as encode:
+                if images.fill_cache(encode, self.latents.fingerprint):
+                    self.latents.release()  # before the others are back
         if isinstance(images, DescribesImages) and (long := self.conditioner.too_long(images.captions())):
             rank_zero_warn(
                 f"{len(long)} captions are longer than the text encoders read, and only their beginnings are trained; "

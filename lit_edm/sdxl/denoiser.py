@@ -39,7 +39,10 @@ class SDXLDenoiser(nn.Module):
         def network(x: Tensor, c_noise: Tensor) -> Tensor:
             return self.unet(x.to(dtype), c_noise, conditioning.context.to(dtype), added_cond_kwargs=added).sample
 
-        device = x.device.type
-        helps = self.needs_autocast or dtype == torch.float32
-        with torch.autocast(device, enabled=helps and torch.is_autocast_enabled(device)):
+        with self.autocast(x.device.type):
             return self.preconditioning.denoise(network, x, sigma)
+
+    def autocast(self, device: str) -> torch.autocast:
+        """Returns the context that the network computes in on a type of device: what is there, or none; see above."""
+        helps = self.needs_autocast or self.unet.conv_in.weight.dtype == torch.float32
+        return torch.autocast(device, enabled=helps and torch.is_autocast_enabled(device))

@@ -31,6 +31,7 @@ class LatentSpace(nn.Module):
     def __init__(self, vae: "AutoencoderKL") -> None:
         super().__init__()
         self.vae: Any = vae  # diffusers' annotations of what it returns are not what it returns
+        self.vae.enable_slicing()  # one image at a time: several gain no time and take gigabytes each
         mean = vae.config["latents_mean"] or [0.0] * vae.config["latent_channels"]
         std = vae.config["latents_std"] or [1.0] * vae.config["latent_channels"]
         scale = torch.tensor(std) / vae.config["scaling_factor"]

@@ -1,9 +1,9 @@
 """What training takes of a device's memory, counted before it begins."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lit_edm.sdxl.compilation import uncompiled
+from lit_edm.sdxl.low_rank import casts_all_it_trains
 
 STATES_OF_ADAM = 2
 """Numbers that most optimizers keep of each trained one: running mean and running square of the gradient."""
@@ -59,62 +60,102 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def bytes_kept(network: nn.Module, dtype: torch.dtype, *args: Any, **kwargs: Any) -> int | None:
     """Counts what a network's forward pass keeps for the backward pass, by running it without computing anything.
 
-    The network runs as it is, adapters and gradient checkpointing included, on tensors that have shapes and no values.
-    There is no autocast among these: layers compute in the precision that is given here, and adapters in their own.
+    The network runs as it is, adapters and gradient checkpointing included; see run_without_values.
 
     Args:
         network: The network, on any device, which is left as it is.
-        dtype: What autocast has layers compute in: trained ones, held in float32, are kept in it too.
+        dtype: What autocast has layers compute in.
         args: Of its forward pass; tensors are on the meta device.
         kwargs: Likewise.
 
     Returns:
         Bytes; None if some layer asks for values.
     """
-    weights, copies = on_meta(network, dtype)
-    own = {weight.untyped_storage()._cdata for weight in weights.values()}
     kept: dict[int, Any] = {}  # by storage, each of which is kept once; held here so that no other takes its address
 
-    def keep(tensor: Tensor) -> Tensor:
-        if (storage := tensor.untyped_storage())._cdata not in own:
+    def keep(storage: Any, of_weight: bool) -> None:
+        if not of_weight:
             kept[storage._cdata] = storage
-        return tensor
 
     try:
-        with (
-            uncompiled(network),
-            torch.random.fork_rng(devices=[]),
-            FlashAttention(),
-            saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            functional_call(network, weights, args, kwargs)
+        run_without_values(network, dtype, keep, *args, **kwargs)
     except RuntimeError:
         return None
-    return copies + sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def on_meta(network: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
-    """Returns a network's weights and buffers without values, and the bytes of those that autocast makes copies of."""
-    wrapped = tuple(f"{name}." for name, module in network.named_modules() if hasattr(module, "base_layer"))
-    weights, copies = dict[str, Tensor](), 0
-    for name, value in (*network.named_parameters(), *network.named_buffers()):
-        of_adapter = name.startswith(wrapped) and ".base_layer." not in name
-        precision = value.dtype if of_adapter or not value.is_floating_point() else dtype
-        weights[name] = torch.empty_like(value, device="meta", dtype=precision).requires_grad_(value.requires_grad)
-        copies += weights[name].nbytes if precision != value.dtype else 0
-    return weights, copies
+def run_without_values(
+    network: nn.Module, dtype: torch.dtype, keep: Callable[[Any, bool], None], *args: Any, **kwargs: Any
+) -> None:
+    """Runs a network's forward pass on tensors that have shapes and no values.
+
+    Args:
+        network: The network, on any device, which is left as it is.
+        dtype: What autocast has layers compute in; see Autocast.
+        keep: Called with the storage of each tensor as it is kept for the backward pass, and whether it is a weight's.
+        args: Of the forward pass; tensors are on the meta device.
+        kwargs: Likewise.
+
+    Raises:
+        RuntimeError: Some layer asks for values.
+    """
+    weights = on_meta(network)
+    own = {weight.untyped_storage()._cdata for weight in weights.values()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        keep(storage, storage._cdata in own)
+        return tensor
+
+    with (
+        uncompiled(network),
+        torch.random.fork_rng(devices=[]),
+        Autocast(dtype),
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        functional_call(network, weights, args, kwargs)
 
 
-class FlashAttention(TorchFunctionMode):
-    """Computes attention as GPUs do, where without values torch would keep all weights of all pairs of pixels."""
+def on_meta(network: nn.Module) -> dict[str, Tensor]:
+    """Returns a network's weights and buffers without values."""
+    named = (*network.named_parameters(), *network.named_buffers())
+    return {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in named}
+
+
+class Autocast(TorchFunctionMode):
+    """Does with tensors without values what GPUs do under Lightning's autocast, which meta tensors have none of.
+
+    Layers compute in half precision, from copies of weights that are held in float32, made anew each time, and norms in
+    float32. Attention keeps no weights of pairs of pixels, as without values torch would.
+
+    Args:
+        dtype: Half precision; or float32, which leaves precisions as they are.
+    """
+
+    layers: ClassVar = {"linear", "conv2d", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
+    norms: ClassVar = {"layer_norm", "group_norm"}
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replaces scaled_dot_product_attention, whose mask, if there is one, changes nothing in what is kept."""
-        kwargs = kwargs or {}
-        if func is not functional.scaled_dot_product_attention:
+        """Calls an operation; a mask of attention, if there is one, changes nothing in what is kept."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func is functional.scaled_dot_product_attention:
+            given = (*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))
+            parts = given[:3] if self.dtype == torch.float32 else (in_precision(part, self.dtype) for part in given[:3])
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts)[0]
+        if self.dtype == torch.float32 or name not in self.layers | self.norms:
             return func(*args, **kwargs)
-        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        dtype = self.dtype if name in self.layers else torch.float32
+        own = {key: in_precision(value, dtype) for key, value in kwargs.items()}
+        return func(*(in_precision(value, dtype) for value in args), **own)
+
+
+def in_precision(value: Any, dtype: torch.dtype) -> Any:
+    """Returns an argument in a precision, if it is a tensor of floats."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def kept_by_unet(unet: Any, dtype: torch.dtype, shape: tuple[int, int, int, int], learns_text: bool) -> int | None:
@@ -126,12 +167,24 @@ def kept_by_unet(unet: Any, dtype: torch.dtype, shape: tuple[int, int, int, int]
         shape: Of a batch of latents, (B, C, h, w).
         learns_text: Whether the gradient goes on to what it is conditioned on.
     """
-    count, config = shape[0], unet.config
+    args, kwargs = unet_inputs(unet.config, dtype, shape, learns_text)
+    return bytes_kept(unet, autocast_of(unet, dtype), *args, **kwargs)
+
+
+def autocast_of(unet: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Returns what autocast has a UNet's layers compute in: float32 where SDXLDenoiser leaves it out; see Autocast."""
+    return torch.float32 if casts_all_it_trains(unet) else dtype
+
+
+def unet_inputs(
+    config: Any, dtype: torch.dtype, shape: tuple[int, int, int, int], learns_text: bool
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Returns arguments without values of the forward pass of an SDXL UNet with a config; see kept_by_unet."""
+    count = shape[0]
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     context = nothing(count, 77, config.cross_attention_dim, dtype=dtype).requires_grad_(learns_text)
     added = {"text_embeds": nothing(count, pooled, dtype=dtype), "time_ids": nothing(count, 6)}
-    latents = nothing(*shape, dtype=dtype)
-    return bytes_kept(unet, dtype, latents, nothing(count), context, added_cond_kwargs=added)
+    return (nothing(*shape, dtype=dtype), nothing(count), context), {"added_cond_kwargs": added}
 
 
 def kept_by_text_encoder(encoder: nn.Module, dtype: torch.dtype, count: int) -> int | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_edm.sdxl.adapters import Adapter
 from lit_edm.sdxl.checkpoint import KEY, SDXLCheckpoint
@@ -53,6 +54,15 @@ def unet(checkpoint: SDXLCheckpoint) -> Any:
     from diffusers import UNet2DConditionModel
 
     return outline(checkpoint, "unet", UNet2DConditionModel.load_config, UNet2DConditionModel.from_config)
+
+
+def adapted_unet(checkpoint: SDXLCheckpoint, adapter: Adapter | None, dtype: torch.dtype) -> Any:
+    """Returns the outline of the UNet as it trains: frozen in the given precision, but for what an adapter trains."""
+    network = nn.Module.to(unet(checkpoint), dtype).requires_grad_(False).train()  # diffusers' own warns of values
+    with torch.random.fork_rng(devices=[]):  # which some adapters start from
+        if adapter is not None:
+            adapter(network)
+    return network
 
 
 def text_encoder(checkpoint: SDXLCheckpoint) -> Any:

@@ -251,6 +251,10 @@ def test_memory_of_a_run(tiny: Path, icons: Path, trainer: Make) -> None:
     ("settings", "remedies"),
     [
         ({}, "set model.init_args.gradient_checkpointing to true; lower data.init_args.batch_size, and raise"),
+        (
+            {"gradient_checkpointing": 1.0},
+            "lower model.init_args.gradient_checkpointing, or set it to true; lower data.",
+        ),
         ({"gradient_checkpointing": True, "batch_size": 1}, "give data.init_args.latent_cache, so that the VAE leaves"),
         (
             {"gradient_checkpointing": True, "batch_size": 1, "latent_cache": MemoryCache()},
@@ -276,6 +280,20 @@ def test_a_device_that_is_too_small(tiny: Path, icons: Path, settings: dict[str,
     assert warning is not None
     assert warning.startswith(f"training takes about 8.0 GiB, and the device has 6.0: {remedies}")
     assert too_large(memory, 9 * 2**30, module, images) is None
+
+
+def test_room_for_activations_is_advised(tiny: Path) -> None:
+    memory = TrainingMemory(frozen=5 * 2**30, trained=2**29, optimizer=2**30, average=0, activations=7 * 2**30)
+    warning = too_large(memory, 12 * 2**30, SDXLModule(str(tiny)), None)
+    assert warning is not None
+    assert "gradient_checkpointing to true, or to 4.0, the GiB that are left for activations" in warning
+
+
+def test_blocks_that_are_computed_again_are_told(tiny: Path, icons: Path, tmp_path: Path, trainer: Make) -> None:
+    module = Encodes(str(tiny), adapter=LoRA(rank=2), gradient_checkpointing=0.0005)
+    found = told(trainer(RunSummary()), module, CaptionedImagesDataModule(icons, resolution=16), tmp_path)
+    assert module.computed_again
+    assert f"({len(module.computed_again)} blocks of the UNet are computed again, 0.00 TFLOP" in found["memory"]
 
 
 def test_all_weights_of_the_base_are_exported_where_they_are_trained(

@@ -38,6 +38,7 @@ from lit_edm.errors import InputError
 from lit_edm.modules import SDXLModule
 from lit_edm.modules.prior import blank_batch, unit_noise
 from lit_edm.sdxl import FullFinetune, LoRA
+from lit_edm.sdxl.memory import kept_by_unet
 
 CPU = torch.device("cpu")
 
@@ -226,6 +227,51 @@ def test_gradient_checkpointing_changes_memory_alone(tiny: Path, batch: Batch) -
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
     assert gradients[0].numel() > 0
     torch.testing.assert_close(*gradients)
+
+
+class TestCheckpointingWithABudget:
+    """Of the UNet's activations, in GiB: the fewest and cheapest blocks are computed again so that it fits."""
+
+    def test_trains_the_same(self, tiny: Path, icons: Path) -> None:
+        found, blocks = [], []
+        for checkpointing in (False, 0.002, 0.001, True):
+            seed_everything(3, verbose=False)
+            module, recorder = module_of(tiny, gradient_checkpointing=checkpointing), Recorder()
+            trainer_of(recorder).fit(module, data_of(icons))
+            found.append([*recorder.losses, *trained_values(module).values()])
+            blocks.append(len(module.computed_again or ()))
+        assert 0 < blocks[1] < blocks[2]
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+    def test_what_a_batch_keeps_is_within_it(self, tiny: Path, icons: Path) -> None:
+        module = module_of(tiny, gradient_checkpointing=0.002)
+        trainer_of(max_steps=1).fit(module, data_of(icons))
+        assert module.denoiser.unet.is_gradient_checkpointing
+        kept = kept_by_unet(module.denoiser.unet, torch.float32, (4, 4, 8, 8), learns_text=True)
+        assert kept is not None
+        assert 0.0015 < kept / 2**30 <= 0.002
+        images = data_of(icons)
+        images.batch_size = 1
+        trainer_of(max_steps=1).fit(module, images)
+        assert not module.denoiser.unet.is_gradient_checkpointing, "another run's batches are small enough"
+
+    def test_is_refused_before_weights_are_loaded(self, tiny: Path, icons: Path) -> None:
+        module = module_of(tiny, gradient_checkpointing=0.0001)
+        with pytest.raises(InputError, match=r"is 0\.0001 GiB, but the UNet keeps 0\.01 of a batch of 4"):
+            trainer_of().fit(module, data_of(icons))
+        assert not hasattr(module, "denoiser")
+
+    def test_wants_to_know_the_batch(self, tiny: Path, batch: Batch) -> None:
+        module = module_of(tiny, gradient_checkpointing=2.0)
+        with pytest.raises(InputError, match="the data module tells no batch_size"):
+            trainer_of().fit(module, [batch])
+
+    def test_all_is_computed_again_until_then(self, tiny: Path) -> None:
+        module = module_of(tiny, gradient_checkpointing=2.0)
+        module.configure_model()
+        assert module.denoiser.unet.is_gradient_checkpointing
+        assert all(encoder.is_gradient_checkpointing for encoder in module.conditioner.encoders)
 
 
 def test_learned_parts_of_the_loss_are_trained_without_decay_and_saved(tiny: Path, icons: Path, tmp_path: Path) -> None:
@@ -529,6 +575,59 @@ def test_frozen_encoders_run_before_training_alone(tiny: Path, icons: Path) -> N
 
     trainer_of(Watch()).fit(module, data_of(icons))
     assert runs == ["encoder", "encoder", "training"], "22 captions, 16 at once"
+
+
+class Places(Callback):
+    """Watches where frozen weights are, on a machine where there is one place alone, by what has been asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away: set[int] = set()
+        self.moved: set[str] = set()
+        self.seen: list[tuple[str, list[str]]] = []
+        monkeypatch.setattr("lit_edm.sdxl.placement.place_frozen", self.place)
+        monkeypatch.setattr("lit_edm.sdxl.latents.place_frozen", self.place)
+        monkeypatch.setattr("lit_edm.sdxl.conditioning.place_frozen", self.place)
+
+    def place(self, network: torch.nn.Module, device: Any) -> None:
+        parameters = {id(p) for p in network.parameters() if not p.requires_grad}
+        self.moved |= {name for name, own in self.frozen.items() if own & parameters}
+        self.away = self.away | parameters if device == "cpu" else self.away - parameters  # the device is device("cpu")
+
+    def setup(self, trainer: Trainer, pl_module: SDXLModule, stage: str) -> None:
+        pl_module.configure_model()
+        networks = {"unet": pl_module.denoiser, "text": pl_module.conditioner, "vae": pl_module.latents}
+        self.frozen = {n: {id(p) for p in m.parameters() if not p.requires_grad} for n, m in networks.items()}
+        parts = {"vae.encoder": pl_module.latents.vae.encoder, "vae.decoder": pl_module.latents.vae.decoder}
+        for name, part in (parts | {"unet": pl_module.denoiser.unet}).items():
+            part.register_forward_pre_hook(lambda *_, name=name: self.look(name))
+
+    def look(self, name: str) -> None:
+        self.seen.append((name, [part for part, own in self.frozen.items() if not own & self.away]))
+
+    def on_train_start(self, trainer: Trainer, pl_module: SDXLModule) -> None:
+        self.look("training")
+
+
+def test_caches_are_filled_with_the_vae_alone_on_the_device(
+    tiny: Path, icons: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data_of(icons, latent_cache=MemoryCache())
+    for run in range(2):
+        module, places = module_of(tiny, optimizer=adamw), Places(monkeypatch)
+        trainer_of(places, max_steps=1).fit(module, images)
+        encoded = [there for name, there in places.seen if name == "vae.encoder"]
+        assert encoded == ([] if run else [["vae"]] * 22)
+        assert ("training", ["unet", "text"]) in places.seen
+        assert places.moved == ({"vae"} if run else {"vae", "unet", "text"}), "nothing leaves if there is nothing to do"
+
+
+def test_class_images_are_rendered_without_the_encoders(
+    tiny: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior, places = ClassImages(str(tmp_path), "an icon", num_images=1), Places(monkeypatch)
+    trainer_of(places, max_steps=1).fit(module_of(tiny, optimizer=adamw), data_of(icons, prior=prior))
+    assert places.seen[:30] == [("unet", ["unet", "vae"])] * 30
+    assert places.seen[30:32] == [("vae.decoder", ["unet", "vae"]), ("training", ["unet", "text", "vae"])]
 
 
 def test_encoders_are_back_when_a_phase_starts_late(tiny: Path, icons: Path, monkeypatch: pytest.MonkeyPatch) -> None:

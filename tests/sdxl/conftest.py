@@ -1,6 +1,9 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 
 @pytest.fixture
@@ -19,3 +22,23 @@ def sdxl_unet() -> dict[str, Any]:
         "projection_class_embeddings_input_dim": 2816,
         "use_linear_projection": True,
     }
+
+
+@pytest.fixture
+def held() -> Callable[..., int]:
+    """Counts the bytes that a forward pass with values keeps for the backward pass."""
+
+    def count(network: nn.Module, *args: Any, **kwargs: Any) -> int:
+        own, kept = {weight.untyped_storage().data_ptr() for weight in network.state_dict(keep_vars=True).values()}, {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = network(*args, **kwargs)
+        del output
+        return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+    return count

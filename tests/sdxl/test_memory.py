@@ -1,4 +1,4 @@
-"""The real SDXL is held against shared measurements: GiB that an image of 1024 px keeps, by adapter."""
+"""What is counted is held against passes with values, on the CPU and, where there is one, on a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from prodigyopt import Prodigy
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_edm.optim import GroupedProdigy, WarmupSchedule
 from lit_edm.sdxl import Adapter, DoRA, FullFinetune, LoCon, LoHa, LoKr, LoRA, SDXLCheckpoint
+from lit_edm.sdxl.low_rank import casts_all_it_trains
 from lit_edm.sdxl.memory import (
+    Autocast,
     TrainingMemory,
     bytes_kept,
     kept_by_text_encoder,
@@ -27,13 +28,15 @@ from lit_edm.sdxl.memory import (
 GIB = 2**30
 
 
+def name(adapter: object) -> str:
+    return type(adapter).__name__
+
+
 @pytest.mark.parametrize(
     ("adapter", "checkpointing", "gib"),
     [(LoRA(rank=8), False, 5.2), (LoRA(rank=8), True, 0.45), (DoRA(rank=8), False, 5.6)],
 )
-def test_the_real_sdxl_keeps_what_was_counted(
-    sdxl_unet: dict[str, Any], adapter: Adapter, checkpointing: bool, gib: float
-) -> None:
+def test_the_real_sdxl(sdxl_unet: dict[str, Any], adapter: Adapter, checkpointing: bool, gib: float) -> None:
     """In bf16; peft's own layers keep 7.3 GiB for LoRA and 15.4 for DoRA, which is 2.1 times as much."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**sdxl_unet).requires_grad_(False).bfloat16()
@@ -46,28 +49,15 @@ def test_the_real_sdxl_keeps_what_was_counted(
     assert kept / GIB == pytest.approx(gib, rel=0.02)
 
 
-def held(network: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Returns what a forward pass with values keeps."""
-    own, kept = {weight.untyped_storage().data_ptr() for weight in network.state_dict(keep_vars=True).values()}, {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = network(*args, **kwargs)
-    del output
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "adapter",
     [LoRA(rank=2), LoRA(rank=2, init="pissa"), DoRA(), LoCon(rank=2), LoHa(rank=2), LoKr(rank=2), FullFinetune(), None],
-    ids=lambda adapter: type(adapter).__name__,
+    ids=name,
 )
-def test_as_much_as_a_pass_with_values(tiny: Path, adapter: Adapter | None, checkpointing: bool) -> None:
+def test_as_much_as_a_pass_with_values(
+    tiny: Path, adapter: Adapter | None, checkpointing: bool, held: Callable[..., int]
+) -> None:
     unet = SDXLCheckpoint(str(tiny)).load_unet(torch.float32)
     if adapter is not None:
         adapter(unet)
@@ -84,6 +74,27 @@ def test_as_much_as_a_pass_with_values(tiny: Path, adapter: Adapter | None, chec
     assert counted == pytest.approx(passed, rel=0.02), "small numbers that are not kept with a checkpoint apart"
 
 
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), DoRA(rank=2), LoKr(rank=2), FullFinetune()], ids=name)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_as_much_as_under_autocast(
+    tiny: Path, adapter: Adapter, device: str, held: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if device == "cpu":  # where autocast leaves norms in half precision
+        monkeypatch.setattr(Autocast, "norms", set())
+    unet = SDXLCheckpoint(str(tiny)).load_unet(torch.bfloat16)
+    adapter(unet)
+    counted = kept_by_unet(unet.train(), torch.bfloat16, (2, 4, 16, 16), learns_text=True)
+    context = torch.randn(2, 77, 80, dtype=torch.bfloat16, device=device, requires_grad=True)
+    added = {"text_embeds": torch.randn(2, 48, dtype=torch.bfloat16), "time_ids": torch.randn(2, 6)}
+    added = {key: value.to(device) for key, value in added.items()}
+    latents = torch.randn(2, 4, 16, 16, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device, torch.bfloat16, enabled=not casts_all_it_trains(unet), cache_enabled=False):
+        passed = held(unet.to(device), latents, torch.rand(2, device=device), context, added_cond_kwargs=added)
+    assert counted == pytest.approx(passed, rel=0.02)
+
+
 def test_a_batch_keeps_as_often_as_much(tiny: Path) -> None:
     unet = SDXLCheckpoint(str(tiny)).load_unet(torch.bfloat16)
     LoRA(rank=2)(unet)
@@ -93,7 +104,7 @@ def test_a_batch_keeps_as_often_as_much(tiny: Path) -> None:
     assert three == pytest.approx(3 * one, rel=0.02)
 
 
-def test_text_encoders_keep_what_they_learn_from(tiny: Path) -> None:
+def test_text_encoders_keep_what_they_learn_from(tiny: Path, held: Callable[..., int]) -> None:
     for encoder in SDXLCheckpoint(str(tiny)).load_text_encoders(torch.float32):
         assert kept_by_text_encoder(encoder, torch.float32, 2) == 0, "frozen"
         LoRA(rank=2)(encoder)
@@ -103,9 +114,9 @@ def test_text_encoders_keep_what_they_learn_from(tiny: Path) -> None:
 
 
 def test_trained_weights_are_kept_in_half_precision_too() -> None:
-    """As autocast does, whose layers compute in half precision whatever the weights are held in."""
+    """As autocast does, whose layers compute in half precision whatever weights are held in."""
     layer = nn.Linear(8, 4, bias=False)
-    kept = bytes_kept(layer, torch.bfloat16, nothing(3, 8, dtype=torch.bfloat16))
+    kept = bytes_kept(layer, torch.bfloat16, nothing(3, 8, dtype=torch.bfloat16).requires_grad_())
     assert kept == 2 * (8 * 4 + 3 * 8), "the copy and the input"
 
 

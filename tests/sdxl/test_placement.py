@@ -1,12 +1,12 @@
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from lit_edm.sdxl.placement import at_hand, place_frozen
+from lit_edm.sdxl.placement import alone, at_hand, place_frozen
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -33,11 +33,17 @@ class Weights:
         return self.data.device
 
 
+class Network(NamedTuple):
+    """Stands for a module; like one it can be a key."""
+
+    parameters: Callable[[], list[Weights]]
+
+
 @pytest.fixture
 def network() -> Any:
     """One trained and two frozen parameters."""
     weights = [Weights(trained, Values(CPU)) for trained in (True, False, False)]
-    return SimpleNamespace(parameters=lambda: weights)
+    return Network(lambda: weights)
 
 
 def devices(network: Any) -> list[str]:
@@ -64,6 +70,36 @@ def test_nothing_moves_that_is_there(network: Any) -> None:
     before = [parameter.data for parameter in network.parameters()]
     with at_hand(network, CPU):
         assert all(parameter.data is data for parameter, data in zip(network.parameters(), before, strict=True))
+
+
+def test_others_leave_when_room_is_needed(network: Any) -> None:
+    place_frozen(network, "cuda")
+    seen = []
+
+    def work(number: int) -> int:
+        seen.append(devices(network))
+        return number + 1
+
+    with alone(work, [network]) as worker:
+        assert devices(network) == ["cpu", "cuda", "cuda"], "not before"
+        assert [worker(1), worker(2)] == [2, 3]
+    assert seen == [["cpu"] * 3] * 2
+    assert devices(network) == ["cpu", "cuda", "cuda"]
+
+
+def test_nobody_leaves_for_nothing(network: Any) -> None:
+    place_frozen(network, "cuda")
+    before = [parameter.data for parameter in network.parameters()]
+    with alone(print, [network]):
+        pass
+    assert all(parameter.data is data for parameter, data in zip(network.parameters(), before, strict=True))
+
+
+def test_others_are_back_past_an_error(network: Any) -> None:
+    place_frozen(network, "cuda")
+    with pytest.raises(ZeroDivisionError), alone(lambda: 1 / 0, [network]) as worker:
+        worker()
+    assert devices(network) == ["cpu", "cuda", "cuda"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
