@@ -83,12 +83,13 @@ class Pace(Callback):
         self.recent.append((self.seconds, self.images))
         self.seconds, self.images = 0.0, 0
         self.spent = perf_counter() - self.began
-        if trainer.log_every_n_steps and self.step % trainer.log_every_n_steps == 0:
+        if trainer._logger_connector.should_update_logs:
             values = {f"pace/{name}": torch.tensor(value) for name, value in self.pace().items()}
             pl_module.log_dict(values)  # as tensors, which stay where they are
         if not self.seen and self._is_time_for_a_line():
             total = "" if isinf(self.total) else f" of {self.total:,.0f}"
-            rank_zero_info(f"step {self.step:,}{total}: {self}")
+            pace = ", ".join(f"{value} {unit}" for unit, value in self.told().items())
+            rank_zero_info(f"step {self.step:,}{total}: {pace}")
 
     def pace(self) -> dict[str, float]:
         """Returns seconds per step, images per second and seconds left, those that are known; after a step."""
@@ -100,20 +101,19 @@ class Pace(Callback):
             values["seconds_left"] = max(0.0, self.total - self.step) * self.spent / (self.step - self.first)
         return values
 
+    def told(self) -> dict[str, str]:
+        """Returns the same for users, each by its unit."""
+        values = self.pace()
+        told = {"s/step": short(values["seconds_per_step"])}
+        if "images_per_second" in values:
+            told["images/s"] = short(values["images_per_second"])
+        if "seconds_left" in values:
+            told["left"] = str(timedelta(seconds=round(values["seconds_left"])))
+        return told
+
     def with_pace(self, bar: ProgressBar, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Returns what a progress bar shows by itself, and the pace."""
-        shown = type(bar).get_metrics(bar, trainer, module)
-        return {**shown, "pace": str(self)} if self.recent else shown
-
-    def __str__(self) -> str:
-        """The pace in a user's terms."""
-        values = self.pace()
-        told = [f"{short(values['seconds_per_step'])} s/step"]
-        if "images_per_second" in values:
-            told.append(f"{short(values['images_per_second'])} images/s")
-        if "seconds_left" in values:
-            told.append(f"{timedelta(seconds=round(values['seconds_left']))} left")
-        return ", ".join(told)
+        return {**type(bar).get_metrics(bar, trainer, module), **(self.told() if self.recent else {})}
 
     def _advance(self, counts: bool = True) -> None:
         """Goes on to the present, and counts the time since as that of a step unless it is of something else."""
