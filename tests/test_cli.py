@@ -380,7 +380,15 @@ def test_help_is_that_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_line_imports_what_a_run_may_need_only_in_runs() -> None:
-    code = "import sys, lit_edm.cli; print(*sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    """And collects garbage again, once it is imported."""
+    code = (
+        "import atexit, gc, sys; from lit_edm.__main__ import main;"
+        "atexit.register(lambda: print(gc.isenabled(), *sys.modules)); main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr[:16]) == (2, "lit-edm: error: ")
+    collects, *loaded = ended.stdout.split()
+    assert collects == "True"
     late = {"diffusers", "peft", "datasets", "pyarrow", "pandas", "sklearn", "tensorboard", "accelerate", "prodigyopt"}
-    assert not late & set(ended.stdout.split())
+    assert "torch" in loaded
+    assert not late & set(loaded)
