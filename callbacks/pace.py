@@ -4,7 +4,7 @@ import sys
 from collections import deque
 from datetime import timedelta
 from functools import partial
-from math import ceil, isinf
+from math import ceil, inf, isinf
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_edm.batch import images_in
 from lit_edm.callbacks.pictures import PictureCallback
-from lit_edm.callbacks.run_length import optimizer_steps
 
 FIRST_LINE = 5
 """Optimizer steps after which a run without a progress bar first tells its pace."""
@@ -36,13 +35,14 @@ class Pace(Callback):
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks how long the run is, and has optimizers tell when they have stepped."""
-        self.total = optimizer_steps(trainer)
+        """Has optimizers tell when they have stepped."""
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda *_: self._advance())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to measure, at the step that Lightning has just restored; joins the progress bar."""
+        total = trainer.estimated_stepping_batches  # which makes no loaders: they are there by now
+        self.total = total if total >= 0 else inf  # Lightning says -1 of data without a length
         self.first = self.step = trainer.global_step
         self.began = self.since = perf_counter()
         self.seconds, self.images, self.aside = 0.0, 0, True  # the first batch waits for workers to start
