@@ -4,6 +4,7 @@ from lit_edm.callbacks.ema import ExponentialMovingAverage
 from lit_edm.callbacks.end_on_sigterm import EndOnSigterm
 from lit_edm.callbacks.freeze_embeddings import FreezeEmbeddings
 from lit_edm.callbacks.matmul_precision import MatmulPrecision
+from lit_edm.callbacks.pace import Pace
 from lit_edm.callbacks.retract_embeddings import RetractEmbeddings
 from lit_edm.callbacks.run_summary import RunSummary
 from lit_edm.callbacks.sample_sheet import SampleSheet
@@ -21,6 +22,7 @@ __all__ = [
     "ExponentialMovingAverage",
     "FreezeEmbeddings",
     "MatmulPrecision",
+    "Pace",
     "RetractEmbeddings",
     "RunSummary",
     "SampleSheet",

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_edm.batch import images_in
 from lit_edm.errors import InputError
 from lit_edm.modules.sharding import placed_like, whole
 from lit_edm.optim.shards import local
@@ -54,8 +55,7 @@ class ExponentialMovingAverage(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts images and, after an optimizer step, moves the average."""
-        rows = next(iter(batch.values()))
-        self._images_in_step += batch.get("images") or len(rows) * trainer.world_size
+        self._images_in_step += images_in(batch, trainer.world_size)  # type: ignore[operator]  # who cannot tell fails
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             self._update(pl_module, self._images_in_step)

@@ -1,7 +1,7 @@
 """The contract between data modules and training modules."""
 
-from collections.abc import Callable
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
@@ -192,3 +192,16 @@ class DescribesLabelledImages(Protocol):
     """Channels, height and width of every image."""
     class_names: list[str]
     """A name for each class."""
+
+
+def images_in(batch: Any, processes: int) -> int | None:
+    """Returns the images that all processes see together with this batch of one of them; None if it cannot tell.
+
+    Args:
+        batch: A Batch, a LabelledBatch, or another mapping whose first value has an entry an image.
+        processes: How many processes train together.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    rows = next(iter(batch.values()), None)
+    return batch.get("images") or (len(rows) * processes if isinstance(rows, Sized) else None)

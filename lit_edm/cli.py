@@ -15,11 +15,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 # Importing these lets configs write EDMLoss for lit_edm.edm.loss.EDMLoss.
 from lit_edm import cache, callbacks, checkpoints, data, edm, loggers, modules, optim, sdxl  # noqa: F401
-from lit_edm.callbacks import EndOnSigterm, SeamlessResume
+from lit_edm.callbacks import EndOnSigterm, Pace, SeamlessResume
 from lit_edm.callbacks.disk_room import standing
 from lit_edm.checkpoints import WholeCheckpointIO, fault_of, find_last
 from lit_edm.config_text import check_config
 from lit_edm.errors import InputError
+from lit_edm.usage import HELP
 from lit_edm.wording import one_line
 
 TERMINATED = 128 + 15
@@ -28,6 +29,10 @@ TERMINATED = 128 + 15
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line: what is wrong, under which key, and the nearest right name."""
+
+    def format_help(self, *formatter: Any) -> str:
+        """Returns what a subcommand takes, or what all of them are for."""
+        return HELP if self._subcommands_action else super().format_help(*formatter)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one line and ends with exit code 2; raises where jsonargparse only tries one of several types."""
@@ -61,7 +66,7 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [SeamlessResume(), EndOnSigterm()]},
+            trainer_defaults={"callbacks": [Pace(), SeamlessResume(), EndOnSigterm()]},
             parser_class=Parser,
             **settings,
         )

@@ -1,6 +1,7 @@
 """What the user sees: one line for each mistake, before anything slow."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_edm.cli import CLI, main
+from lit_edm.callbacks import Pace
+from lit_edm.cli import CLI, Parser, main
+from lit_edm.loggers import read_rows
+from lit_edm.usage import HELP
 
 
 @pytest.fixture
@@ -162,6 +166,15 @@ def test_checkpoints_are_whole_unless_the_config_says_otherwise(
     assert [type(io).__name__ for io in used] == ["WholeCheckpointIO", "WholeCheckpointIO", "AsyncCheckpointIO"]
 
 
+def test_every_run_tells_its_pace(run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever callbacks its config has."""
+    kept: list[Trainer] = []
+    monkeypatch.setattr(CLI, "after_fit", lambda cli: kept.append(cli.trainer), raising=False)
+    for callbacks in ("null", "[]", "[{class_path: SkipNonFinite}]"):
+        main(["fit", "--config", str(tmp_path / "config.yaml"), f"--trainer.callbacks={callbacks}"])
+    assert [[type(callback) for callback in trainer.callbacks].count(Pace) for trainer in kept] == [1, 1, 1]
+
+
 KILLED = """
 import os, signal
 from lit_edm.cli import main
@@ -179,7 +192,7 @@ main()
 def test_a_killed_run_logs_what_one_that_never_stopped_does(run: Callable[..., str], tmp_path: Path) -> None:
     """Of a run that is gone right after a checkpoint, before Lightning logs its step."""
     (tmp_path / "killed.py").write_text(KILLED)
-    texts = []
+    logs = []
     for name in ("whole", "killed"):
         folder = str(tmp_path / name)
         logger = {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": folder, "name": "", "version": ""}}
@@ -193,9 +206,11 @@ def test_a_killed_run_logs_what_one_that_never_stopped_does(run: Callable[..., s
             assert ended.returncode == -9, ended.stderr
             arguments.append("--ckpt_path=last")
         main(arguments)
-        texts.append((tmp_path / name / "metrics.csv").read_text())
-    assert texts[0] == texts[1]
-    assert len(texts[0].splitlines()) == 9
+        rows = read_rows(tmp_path / name / "metrics.csv")
+        assert all({"pace/seconds_per_step", "pace/images_per_second", "pace/seconds_left"} <= {*row} for row in rows)
+        logs.append([{key: cell for key, cell in row.items() if not key.startswith("pace/")} for row in rows])
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 8
 
 
 def test_a_message_of_several_lines_is_one(run: Callable[..., str], tmp_path: Path) -> None:
@@ -329,3 +344,51 @@ def test_another_projects_noise_under_a_bare_cli(tiny: Path, icons: Path, tmp_pa
     assert "`max_steps=3` reached" in outputs[1]
     loss = float(outputs[0].split("losses ")[1].split()[0])
     assert torch.isfinite(torch.tensor(loss))
+
+
+def test_help_needs_nothing_that_is_slow_to_import() -> None:
+    """Not the time is tested, which depends on the machine, but what takes it."""
+    code = "import sys; from lit_edm.__main__ import main; main(); print(*sys.modules, file=sys.stderr)"
+    for option in ("-h", "--help"):
+        command = [sys.executable, "-c", code, option]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert ended.stdout == HELP
+        loaded = {name.partition(".")[0] for name in ended.stderr.split()}
+        assert loaded - sys.stdlib_module_names <= {"__main__", "lit_edm"} | at_start(), "of no other package"
+
+
+def at_start() -> set[str]:
+    """What an installation may have every Python import before it begins."""
+    command = [sys.executable, "-c", "import sys; print(*sys.modules)"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    return {name.partition(".")[0] for name in names}
+
+
+def test_help_is_that_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("-h", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            main([option])
+        assert ended.value.code in (0, None)
+        assert capsys.readouterr().out == HELP
+    subcommands, options = HELP.split("subcommands:")[1].split("options:")
+    assert re.findall(r"^  (\w+)", subcommands, re.MULTILINE) == list(CLI.subcommands())
+    cli = CLI.__new__(CLI)
+    cli.parser_class = Parser
+    parser = cli.init_parser()  # of the options before a subcommand
+    listed = {option for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"(?<!\w)--?[a-z]\w*", options.split("\n\n")[0])) == listed
+
+
+def test_the_command_line_imports_what_a_run_may_need_only_in_runs() -> None:
+    """And collects garbage again, once it is imported."""
+    code = (
+        "import atexit, gc, sys; from lit_edm.__main__ import main;"
+        "atexit.register(lambda: print(gc.isenabled(), *sys.modules)); main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr[:16]) == (2, "lit-edm: error: ")
+    collects, *loaded = ended.stdout.split()
+    assert collects == "True"
+    late = {"diffusers", "peft", "datasets", "pyarrow", "pandas", "sklearn", "tensorboard", "accelerate", "prodigyopt"}
+    assert "torch" in loaded
+    assert not late & set(loaded)
