@@ -76,13 +76,18 @@ def main() -> None:
     be_quiet()
     lora, dora = module_of("LoRA"), module_of("DoRA")
     networks = {"LoRA": lora, "DoRA": dora}
+    texts = "--model.text_encoder_quantization=int8"
+    smaller = {
+        "LoRA, encoders int8": module_of("LoRA", overrides=(texts,)),
+        "LoRA, all int8": module_of("LoRA", overrides=(texts, "--model.quantization=int8")),
+    }
     parts = [
         *("", "## A run with caches and gradient_checkpointing: true, GiB", ""),
         *table(
             ["adapter", "batch", "part", "UNet", "encoders", "trained, gradients, optimizer", "peak of a step", "sum"],
             [
                 run(module, name, count, learns)
-                for name, module in networks.items()
+                for name, module in (networks | smaller).items()
                 for count in (1, 3)
                 for learns in (True, False)
             ],
@@ -102,9 +107,17 @@ def main() -> None:
     FILE.write_text(ABOUT + "\n".join(parts) + "\n", encoding="utf-8")
 
 
-def module_of(adapter: Any, size: SizeName = "full") -> SDXLModule:
+def module_of(adapter: Any, size: SizeName = "full", overrides: tuple[str, ...] = ()) -> SDXLModule:
     """Returns a module with the networks of a base, the real SDXL if not given, none of which have values."""
-    settings = Settings(size=size, side=64, adapter=adapter, precision="bf16-mixed", caches=False, accelerator="cpu")
+    settings = Settings(
+        size=size,
+        side=64,
+        adapter=adapter,
+        precision="bf16-mixed",
+        caches=False,
+        accelerator="cpu",
+        overrides=overrides,
+    )
     with TemporaryDirectory() as folder:
         module = build(settings, Path(folder)).model
         module.checkpoint = UntrainedSDXL(f"{folder}/base", size=size, device=META)
