@@ -168,7 +168,7 @@ class Notes(Callback):
     def reduce(self, state: None, bucket: GradBucket) -> Future[Tensor]:
         """Averages the gradients of a bucket, as DDP does without this."""
         self.reduced += bucket.buffer().nbytes
-        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)  # type: ignore[arg-type] (there is one by now)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Notes the time."""

@@ -18,6 +18,9 @@ from lit_edm.seeds import seed_of
 AT_ONCE = 2**14
 """Draws that are made at once, whatever the length of the epoch."""
 
+SKIPPED_AT_ONCE = 2**20
+"""Random numbers of those that come before, likewise."""
+
 
 class Draw(NamedTuple):
     """One showing of an item."""
@@ -155,14 +158,15 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         return lengths
 
     def _shown(self, size: Size, turn: Fraction, generator: torch.Generator) -> "Shown":
-        numbered = [(number, pool) for number, pool in enumerate(self.pools) if pool.size == size]
-        passes = [Passes(pool.items, (self.seed, self.epoch, number)) for number, pool in numbered]
-        return Shown(passes, Spread([pool.count(turn) for _, pool in numbered], generator))
+        pools = [pool for pool in self.pools if pool.size == size]
+        counts = [pool.count(turn) for pool in pools]
+        passes = [Passes(pool.items, count, generator) for pool, count in zip(pools, counts, strict=True)]
+        return Shown(passes, Spread(counts, generator))
 
     def _batches(self, shown: "Shown", count: int, length: int, numbers: Tensor) -> Iterator[list[list[int]]]:
         """Yields batches of one size, of all processes; their numbers follow one on the other."""
         if len(numbers):
-            borders = cut(count, length, self.together, torch.arange(numbers[0], numbers[-1] + 2)).tolist()
+            borders = cut(count, length, self.together, torch.arange(int(numbers[0]), int(numbers[-1]) + 2)).tolist()
             draws = shown.part(borders[0], borders[-1]).tolist()
             yield from (draws[start - borders[0] : end - borders[0]] for start, end in pairwise(borders))
 
@@ -208,31 +212,43 @@ class Spread:
 
 
 class Passes:
-    """Items in pass after pass, each in an order of its own; the last one that was asked for is kept.
+    """Items in pass after pass, each in an order of its own, of which the last that was asked for is kept.
 
     Args:
         items: Numbers of the items.
-        seed: What the orders follow from.
+        count: Draws in an epoch.
+        generator: Draws the orders of all its passes, and goes on after them: one number for each draw, in no time.
     """
 
-    def __init__(self, items: Sequence[int], seed: tuple[int, ...]) -> None:
+    def __init__(self, items: Sequence[int], count: int, generator: torch.Generator) -> None:
         self.items = torch.tensor(items)
-        self.seed = seed
-        self._last = (-1, self.items)
+        self.generator = generator.clone_state()
+        self._pass, self._order = -1, self.items
+        skip(ceil(count / len(items)) * len(items), generator)
 
     def shown(self, numbers: Tensor) -> Tensor:
-        """Returns the items and which time, from 1 on, each is shown, (n, 2), given numbers of draws, (n,), sorted."""
+        """Returns the items and which time, from 1 on, each is shown, (n, 2).
+
+        Args:
+            numbers: Of draws, (n > 0,), sorted; none in a pass before one that was asked for.
+        """
         which, places = numbers // len(self.items), numbers % len(self.items)
         passes, counts = which.unique_consecutive(return_counts=True)
         parts = zip(passes.tolist(), places.split(counts.tolist()), strict=True)
-        items = [self._order(number)[part] for number, part in parts]
-        return torch.stack([torch.cat([*items, self.items[:0]]), 1 + which], dim=1)
+        return torch.stack([torch.cat([self._order_of(number)[part] for number, part in parts]), 1 + which], dim=1)
 
-    def _order(self, number: int) -> Tensor:
-        if self._last[0] != number:
-            generator = torch.Generator().manual_seed(seed_of(*self.seed, number, 0))
-            self._last = number, self.items[torch.rand(len(self.items), generator=generator).argsort()]
-        return self._last[1]
+    def _order_of(self, number: int) -> Tensor:
+        if number > self._pass:
+            skip((number - self._pass - 1) * len(self.items), self.generator)
+            self._pass = number
+            self._order = self.items[torch.rand(len(self.items), generator=self.generator).argsort()]
+        return self._order
+
+
+def skip(count: int, generator: torch.Generator) -> None:
+    """Draws so many numbers that nobody wants."""
+    for start in range(0, count, SKIPPED_AT_ONCE):
+        torch.rand(min(SKIPPED_AT_ONCE, count - start), generator=generator)
 
 
 @dataclass(frozen=True)
@@ -251,8 +267,8 @@ class Shown:
         """Returns items and times, (n, 2), of the draws from start to end."""
         pools, numbers = self.spread.part(start, end)
         draws = torch.empty(end - start, 2, dtype=torch.int64)
-        for pool, passes in enumerate(self.passes):
-            draws[pools == pool] = passes.shown(numbers[pools == pool])
+        for pool in pools.unique().tolist():
+            draws[pools == pool] = self.passes[pool].shown(numbers[pools == pool])
         return draws
 
 
