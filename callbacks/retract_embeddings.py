@@ -34,7 +34,7 @@ class RetractEmbeddings(Callback):
         embeddings = pl_module.conditioner.extended_embeddings()
         if not embeddings:
             raise InputError("RetractEmbeddings is about new tokens, but model.init_args.tokens names none")
-        self.embeddings = [(embedding, embedding.table.weight.float().std().item()) for embedding in embeddings]
+        self.embeddings = [(embedding, embedding.table.weight.float().std()) for embedding in embeddings]
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(self.after_step)
 

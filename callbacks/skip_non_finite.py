@@ -80,7 +80,7 @@ class SkipNonFinite(Callback):
         if not total_norm(gradients(optimizer, resting(trainer, pl_module))).isfinite():  # waits for the device
             self._skip(trainer, pl_module, optimizer)
         self._losses, self._captions = [], []
-        pl_module.log("train/skipped_steps", float(self.count))
+        pl_module.log("train/skipped_steps", torch.tensor(float(self.count)))  # which stays on the host
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil, floor
 from typing import Any, NamedTuple
 
@@ -13,6 +14,12 @@ from torch.utils.data import DistributedSampler
 from lit_edm.data.buckets import Size
 from lit_edm.data.transforms import golden
 from lit_edm.seeds import seed_of
+
+AT_ONCE = 2**14
+"""Draws that are made at once, whatever the length of the epoch."""
+
+SKIPPED_AT_ONCE = 2**20
+"""Random numbers of those that come before, likewise."""
 
 
 class Draw(NamedTuple):
@@ -49,13 +56,6 @@ class Pool:
     def count(self, turn: Fraction) -> int:
         """Returns the examples in an epoch whose turn, in [0, 1), says where along the draws shares are rounded up."""
         return floor(self.before + self.draws + turn) - floor(self.before + turn)
-
-    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
-        """Returns the items of an epoch and which time, from 1 on, each is shown, (count, 2); all before any again."""
-        items = torch.tensor(self.items)
-        passes = ceil(count / len(items))
-        order = torch.rand(passes, len(items), generator=generator).argsort(dim=1).flatten()[:count]
-        return torch.stack([items[order], 1 + torch.arange(count) // len(items)], dim=1)
 
 
 def pools_by_size(items: Sequence[int], sizes: Sequence[Size], draws: int, weight: float = 1.0) -> list[Pool]:
@@ -109,8 +109,8 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         self.sizes = sorted({pool.size for pool in pools})
         self.together = batch_size * world_size
         # Counts change only where a turn reaches the next whole number at the border of a pool.
-        borders = {border for pool in pools for border in (pool.before, pool.before + pool.draws)}
-        self.length = max(sum(self._lengths(self._counts(-border % 1))) for border in borders)
+        turns = {-border % 1 for pool in pools for border in (pool.before, pool.before + pool.draws)}
+        self.length = max(sum(self._lengths(self._counts(turn))) for turn in turns)
         self.start = 0
 
     @property
@@ -127,11 +127,16 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         turn = Fraction(golden(self.epoch))
         counts = self._counts(turn)
         lengths = self._split(counts, self._lengths(counts))
-        shown = torch.cat([self._drawn(size, turn, generator) for size in self.sizes])
-        borders = self._borders(counts, lengths)[spread(lengths, generator)]
-        for number in range(self.start, len(borders)):
-            start, end = borders[number].tolist()
-            yield self._share(shown[start:end].tolist())
+        shown = [self._shown(size, turn, generator) for size in self.sizes]
+        order, step = Spread(lengths, generator), ceil(AT_ONCE / self.together)
+        for start in range(self.start, self.length, step):
+            sizes, numbers = order.part(start, min(start + step, self.length))
+            batches = [
+                self._batches(shown[size], counts[size], lengths[size], numbers[sizes == size])
+                for size in range(len(shown))
+            ]
+            for size in sizes.tolist():
+                yield self._share(next(batches[size]))
 
     def _counts(self, turn: Fraction) -> list[int]:
         """Returns the examples of each size in an epoch."""
@@ -152,18 +157,18 @@ class EpochBatches(DistributedSampler[list[Draw]]):
             lengths[largest] += 1
         return lengths
 
-    def _borders(self, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Returns the first example of each batch of all processes, and that after its last: size after size."""
-        before = [sum(counts[:number]) for number in range(len(counts))]
-        cuts = [cut(*each, self.together) for each in zip(counts, lengths, strict=True)]
-        borders = [torch.stack([ends[:-1], ends[1:]], dim=1) + start for start, ends in zip(before, cuts, strict=True)]
-        return torch.cat(borders)
-
-    def _drawn(self, size: Size, turn: Fraction, generator: torch.Generator) -> Tensor:
+    def _shown(self, size: Size, turn: Fraction, generator: torch.Generator) -> "Shown":
         pools = [pool for pool in self.pools if pool.size == size]
         counts = [pool.count(turn) for pool in pools]
-        drawn = torch.cat([pool.drawn(count, generator) for pool, count in zip(pools, counts, strict=True)])
-        return drawn[spread(counts, generator)]
+        passes = [Passes(pool.items, count, generator) for pool, count in zip(pools, counts, strict=True)]
+        return Shown(passes, Spread(counts, generator))
+
+    def _batches(self, shown: "Shown", count: int, length: int, numbers: Tensor) -> Iterator[list[list[int]]]:
+        """Yields batches of one size, of all processes; their numbers follow one on the other."""
+        if len(numbers):
+            borders = cut(count, length, self.together, torch.arange(int(numbers[0]), int(numbers[-1]) + 2)).tolist()
+            draws = shown.part(borders[0], borders[-1]).tolist()
+            yield from (draws[start - borders[0] : end - borders[0]] for start, end in pairwise(borders))
 
     def _share(self, batch: list[list[int]]) -> list[Draw]:
         each = ceil(len(batch) / self.num_replicas)
@@ -176,18 +181,97 @@ class EpochBatches(DistributedSampler[list[Draw]]):
         return Draw(item, seed_of(self.seed, self.epoch, item, time), balance * self.weight_of[item], among)
 
 
-def cut(count: int, batches: int, together: int) -> Tensor:
-    """Returns where batches begin and the last ends: full ones and the rest, or equal ones where there are more."""
-    numbers = torch.arange(batches + 1)
-    return (numbers * together).clamp(max=count) if batches == ceil(count / together) else numbers * count // batches
+class Spread:
+    """Sequences merged to one over which each is spread evenly, in its own order. It is made part by part.
 
-
-def spread(counts: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Merges sequences of these lengths to one over which each is spread evenly, in its own order.
-
-    Returns:
-        What stands at each place of the merged sequence, as its place in all sequences one after the other.
+    Args:
+        counts: Length of each.
+        generator: Draws where in its share of the merged sequence each begins.
     """
-    phases = torch.rand(len(counts), generator=generator, dtype=torch.float64)
-    keys = [(torch.arange(count) + phase) / count for count, phase in zip(counts, phases, strict=True)]
-    return torch.cat(keys).argsort(stable=True)
+
+    def __init__(self, counts: Sequence[int], generator: torch.Generator) -> None:
+        self.counts = counts
+        self.phases = torch.rand(len(counts), generator=generator, dtype=torch.float64).tolist()
+
+    def part(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Returns which sequence stands at each place from start to end, and how many of it stand before, (n,) each."""
+        # Place k is of a key near k / total, off by less than one for each sequence.
+        low, high = ((place + off) / sum(self.counts) for place, off in ((start, -self._off), (end, self._off)))
+        spans = [(max(floor(low * count) - 1, 0), min(ceil(high * count) + 1, count)) for count in self.counts]
+        numbers = [torch.arange(*span) for span in spans]
+        keys = [(n + phase) / count for n, phase, count in zip(numbers, self.phases, self.counts, strict=True)]
+        order = torch.cat(keys).argsort(stable=True)
+        before = sum(first for first, _ in spans)
+        order = order[start - before : end - before]
+        which = torch.repeat_interleave(torch.arange(len(numbers)), torch.tensor([len(n) for n in numbers]))
+        return which[order], torch.cat(numbers)[order]
+
+    @property
+    def _off(self) -> int:
+        return len(self.counts) + 1
+
+
+class Passes:
+    """Items in pass after pass, each in an order of its own, of which the last that was asked for is kept.
+
+    Args:
+        items: Numbers of the items.
+        count: Draws in an epoch.
+        generator: Draws the orders of all its passes, and goes on after them: one number for each draw, in no time.
+    """
+
+    def __init__(self, items: Sequence[int], count: int, generator: torch.Generator) -> None:
+        self.items = torch.tensor(items)
+        self.generator = generator.clone_state()
+        self._pass, self._order = -1, self.items
+        skip(ceil(count / len(items)) * len(items), generator)
+
+    def shown(self, numbers: Tensor) -> Tensor:
+        """Returns the items and which time, from 1 on, each is shown, (n, 2).
+
+        Args:
+            numbers: Of draws, (n > 0,), sorted; none in a pass before one that was asked for.
+        """
+        which, places = numbers // len(self.items), numbers % len(self.items)
+        passes, counts = which.unique_consecutive(return_counts=True)
+        parts = zip(passes.tolist(), places.split(counts.tolist()), strict=True)
+        return torch.stack([torch.cat([self._order_of(number)[part] for number, part in parts]), 1 + which], dim=1)
+
+    def _order_of(self, number: int) -> Tensor:
+        if number > self._pass:
+            skip((number - self._pass - 1) * len(self.items), self.generator)
+            self._pass = number
+            self._order = self.items[torch.rand(len(self.items), generator=self.generator).argsort()]
+        return self._order
+
+
+def skip(count: int, generator: torch.Generator) -> None:
+    """Draws so many numbers that nobody wants."""
+    for start in range(0, count, SKIPPED_AT_ONCE):
+        torch.rand(min(SKIPPED_AT_ONCE, count - start), generator=generator)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """All draws of one size in an epoch.
+
+    Args:
+        passes: Of each pool.
+        spread: How they are mixed.
+    """
+
+    passes: Sequence[Passes]
+    spread: Spread
+
+    def part(self, start: int, end: int) -> Tensor:
+        """Returns items and times, (n, 2), of the draws from start to end."""
+        pools, numbers = self.spread.part(start, end)
+        draws = torch.empty(end - start, 2, dtype=torch.int64)
+        for pool in pools.unique().tolist():
+            draws[pools == pool] = self.passes[pool].shown(numbers[pools == pool])
+        return draws
+
+
+def cut(count: int, batches: int, together: int, numbers: Tensor) -> Tensor:
+    """Returns where batches of these numbers begin: full ones and the rest, or equal ones where there are more."""
+    return (numbers * together).clamp(max=count) if batches == ceil(count / together) else numbers * count // batches

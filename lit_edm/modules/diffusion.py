@@ -123,11 +123,21 @@ class DiffusionModule(LightningModule, ABC):
 
     def log_loss(self, loss: Tensor, rows: int) -> None:
         """Logs the loss of a batch as train/loss, the mean over processes where there are several."""
-        self.log("train/loss", loss, prog_bar=True, batch_size=rows, sync_dist=self.processes > 1)
+        self.log("train/loss", loss, batch_size=rows, sync_dist=self.processes > 1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the learning rate of each parameter group; Prodigy's with what it has found so far, d times lr."""
-        self.log_dict({f"rate/{name}": rate for name, rate in effective_rates(optimizer).items()})
+        # As tensors, wherever they are: a number Lightning would copy to the device, and the host would wait for it.
+        self.log_dict({f"rate/{name}": torch.as_tensor(rate) for name, rate in effective_rates(optimizer).items()})
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Shows the loss in the progress bar, in steps that are written to the logs: to look at it is to wait for it.
+
+        With Lightning's prog_bar the host would look after each batch.
+        """
+        if self.trainer._logger_connector.should_update_logs:
+            metrics = self.trainer.callback_metrics
+            self.trainer.progress_bar_metrics["train/loss"] = float(metrics["train/loss"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Says where the run goes on, and drops the arguments of a module that was built in Python.

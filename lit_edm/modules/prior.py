@@ -10,22 +10,19 @@ from lit_edm.batch import Batch
 from lit_edm.edm import Denoise, Target
 
 
-def teacher_target(
-    denoise: Denoise, rows: Sequence[int], untouched: Callable[[], AbstractContextManager[None]]
-) -> Target:
+def teacher_target(denoise: Denoise, rows: Tensor, untouched: Callable[[], AbstractContextManager[None]]) -> Target:
     """Returns the target that is y in most rows of a batch, and a teacher's prediction in some.
 
     Args:
         denoise: D(x; sigma) of those rows alone.
-        rows: Which they are.
+        rows: Which they are, (R,), int64, on the device.
         untouched: Opens the context in which denoise is the teacher's.
     """
 
     @torch.no_grad()
     def target(x: Tensor, sigma: Tensor, clean: Tensor) -> Tensor:
-        index = torch.tensor(rows, device=x.device)
         with untouched():
-            return clean.index_copy(0, index, denoise(x[index], sigma[index]))
+            return clean.index_copy(0, rows, denoise(x[rows], sigma[rows]))
 
     return target
 

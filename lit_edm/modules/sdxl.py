@@ -396,8 +396,9 @@ class SDXLModule(ShardedTraining, SDXLRenderer):
         """
         rows = [row for row, teacher in enumerate(batch.get("teacher", ())) if teacher]
         captions = [batch["caption"][row] for row in rows]
-        conditioning = self.conditioner.untouched(captions, self.time_ids(batch)[rows])
-        return teacher_target(partial(self.denoiser, conditioning=conditioning), rows, self.untouched)
+        index = torch.tensor(rows).to(self.device, non_blocking=True)  # a list would make the host wait, each time
+        conditioning = self.conditioner.untouched(captions, self.time_ids(batch)[index])
+        return teacher_target(partial(self.denoiser, conditioning=conditioning), index, self.untouched)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the pixels (B, 3, H, W), about [-1, 1], of normalised latents (B, C, H / 8, W / 8)."""

@@ -40,7 +40,13 @@ def step_group(group: dict[str, Any], stretches: list[Stretch]) -> None:
 def estimate_of(group: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
     """Returns what a group has found so far, (), in double precision where the device has it."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return {name: torch.as_tensor(group.get(name, 0.0), dtype=dtype, device=device) for name in ESTIMATE}
+
+    def there(value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(device, dtype)
+        return torch.full((), value, dtype=dtype, device=device)  # a kernel: to copy a number would be to wait
+
+    return {name: there(group.get(name, 0.0)) for name in ESTIMATE}
 
 
 def bias_correction(group: dict[str, Any], steps: Tensor) -> Tensor | float:

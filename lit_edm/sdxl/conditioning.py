@@ -33,7 +33,7 @@ class Conditioning(NamedTuple):
 
     def zeros_where(self, rows: Sequence[bool]) -> "Conditioning":
         """Returns the same conditioning, without words in some rows."""
-        kept = torch.tensor([not row for row in rows], device=self.context.device)[:, None]
+        kept = torch.tensor([not row for row in rows]).to(self.context.device, non_blocking=True)[:, None]
         return Conditioning(self.context * kept[..., None], self.pooled * kept, self.time_ids)
 
 

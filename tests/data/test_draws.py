@@ -2,11 +2,14 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lit_edm.data.draws import Draw, EpochBatches, Pool, cut, pools_by_size, spread
+from lit_edm.data.draws import Draw, EpochBatches, Passes, Pool, Spread, cut, pools_by_size
 
 WIDE, TALL = (16, 32), (32, 16)
 POOLS = [
@@ -141,12 +144,73 @@ class TestPoolsBySize:
     [(0, 0, [0]), (8, 2, [0, 4, 8]), (9, 3, [0, 4, 8, 9]), (9, 4, [0, 2, 4, 6, 9]), (3, 3, [0, 1, 2, 3])],
 )
 def test_batches_are_full_unless_there_are_to_be_more(count: int, batches: int, borders: list[int]) -> None:
-    assert cut(count, batches, together=4).tolist() == borders
+    assert cut(count, batches, 4, torch.arange(batches + 1)).tolist() == borders
 
 
 def test_spreading_keeps_each_sequence_in_order() -> None:
-    merged = spread([2, 0, 6], torch.Generator().manual_seed(0)).tolist()
-    assert sorted(merged) == list(range(8))
-    assert [place for place in merged if place < 2] == [0, 1]
-    assert [place for place in merged if place >= 2] == [2, 3, 4, 5, 6, 7]
-    assert 2 <= merged.index(1) - merged.index(0) <= 5
+    which, numbers = Spread([2, 0, 6], torch.Generator().manual_seed(0)).part(0, 8)
+    assert numbers[which == 0].tolist() == [0, 1]
+    assert numbers[which == 2].tolist() == [0, 1, 2, 3, 4, 5]
+    first, second = (which == 0).nonzero().flatten().tolist()
+    assert 2 <= second - first <= 5
+
+
+@pytest.mark.parametrize("counts", [[1], [5, 1, 90], [0, 7, 0, 3], [1000, 999], [3] * 50])
+def test_any_part_of_what_is_spread_is_that_of_the_whole(counts: list[int]) -> None:
+    spread, total = Spread(counts, torch.Generator().manual_seed(len(counts))), sum(counts)
+    keys = [
+        ((n + phase) / c, which, n)
+        for which, (c, phase) in enumerate(zip(counts, spread.phases, strict=True))
+        for n in range(c)
+    ]
+    whole = [(which, n) for _, which, n in sorted(keys)]
+    for start, end in [(0, total), (0, 1), (total // 2, total // 2 + 1), (total // 3, total), (total - 1, total)]:
+        which, numbers = spread.part(start, end)
+        assert list(zip(which.tolist(), numbers.tolist(), strict=True)) == whole[start:end]
+
+
+@pytest.mark.parametrize("start", [1, 7, 20])
+def test_an_epoch_goes_on_anywhere(monkeypatch: pytest.MonkeyPatch, start: int) -> None:
+    sampler = EpochBatches(POOLS, batch_size=1)
+    whole = list(sampler)
+    monkeypatch.setattr("lit_edm.data.draws.AT_ONCE", 3)
+    sampler.start = start
+    assert list(sampler) == whole[start:]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes of a tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))])
+        return result
+
+
+def made(repeats: int, start: int = 0) -> int:
+    """The most bytes of a tensor that the first batches of an epoch take, of 150 images in two sizes."""
+    sampler = EpochBatches([Pool(range(100), WIDE, 100 * repeats), Pool(range(100, 150), TALL, 50 * repeats)], 4)
+    sampler.start = start
+    with Largest() as largest:
+        batches = iter(sampler)
+        for _ in range(10):
+            next(batches)
+    return largest.bytes
+
+
+def test_repeats_and_the_place_in_an_epoch_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_edm.data.draws.SKIPPED_AT_ONCE", 2**14)
+    assert made(10**4) < 1.1 * made(1000)
+    assert made(10**4, start=10**5) < 1.1 * made(1000)
+
+
+def test_orders_are_those_that_were_ever_drawn() -> None:
+    """All passes at once, as in the first release, whose checkpoints go on in the middle of an epoch."""
+    generator, twin = (torch.Generator().manual_seed(5) for _ in range(2))
+    whole = torch.rand(4, 7, generator=twin).argsort(dim=1).flatten()[:23]
+    passes = Passes(range(7), 23, generator)
+    assert generator.get_state().equal(twin.get_state())
+    assert passes.shown(torch.arange(5, 9)).tolist() == [[int(whole[n]), 1 + n // 7] for n in range(5, 9)]
+    assert passes.shown(torch.arange(21, 23))[:, 0].equal(whole[21:])
