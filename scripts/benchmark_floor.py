@@ -1,7 +1,7 @@
 """The least that a step of training computes: the networks forward and backward, nothing else."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -100,19 +100,25 @@ class Floor:
             parameter.grad = None
 
     def flop(self) -> int:
-        """Counts the arithmetic, without what gradient checkpointing computes again, on tensors without values."""
-        given = (on_meta(self.networks), {name: value.to("meta") for name, value in self.inputs.items()})
-        weights, inputs = (  # in one precision, for there is no autocast
-            {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
-            for values in given
-        )
-        with (
-            uncompiled(self.networks),
-            without_checkpointing(self.networks),
-            FlopCounterMode(display=False) as counter,
-        ):
-            functional_call(self.networks, weights, kwargs=inputs).sum().backward()
-        return counter.get_total_flops()
+        """Counts the arithmetic, without what gradient checkpointing computes again."""
+        return flop(self.networks, self.inputs)
+
+
+def flop(networks: BareNetworks, inputs: Mapping[str, Tensor]) -> int:
+    """Counts the arithmetic of a pass forward and backward, on tensors without values.
+
+    Args:
+        networks: On any device; what checkpointing computes again is left out.
+        inputs: Of BareNetworks.inputs.
+    """
+    given = (on_meta(networks), {name: value.to("meta") for name, value in inputs.items()})
+    weights, inputs = (  # in one precision, for there is no autocast
+        {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
+        for values in given
+    )
+    with uncompiled(networks), without_checkpointing(networks), FlopCounterMode(display=False) as counter:
+        functional_call(networks, weights, kwargs=inputs).sum().backward()
+    return counter.get_total_flops()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from benchmark import circumstances
-from benchmark_floor import BareNetworks
+from benchmark_floor import BareNetworks, flop
 from benchmark_memory import peak
 from benchmark_report import table
 from benchmark_setup import Settings, be_quiet, build
@@ -27,13 +27,12 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.func import functional_call
 from torch.futures import Future
-from torch.utils.flop_counter import FlopCounterMode
 
 from lit_edm.data import CaptionedImagesDataModule
-from lit_edm.sdxl import LoRA
-from lit_edm.sdxl.memory import bytes_of, kept_by_unet, on_meta
+from lit_edm.edm import EpsPreconditioning
+from lit_edm.sdxl import LoRA, SDXLDenoiser
+from lit_edm.sdxl.memory import bytes_of, kept_by_unet
 from lit_edm.sdxl.sizes import SIZES
 from lit_edm.sdxl.tiny import made_in, make_unet
 
@@ -132,7 +131,7 @@ def of_resolution(sides: Sequence[int]) -> list[str]:
         shape = (1, 4, side // 8, side // 8)
         kept = [kept_by_unet(sdxl(8, again), torch.bfloat16, shape, learns_text=False) or 0 for again in (False, True)]
         step = alone("training", side, 8, 1)["step"]
-        cells = (flop(sdxl(8), shape[1:]) / 1e12, *(size / GIB for size in kept), step)
+        cells = (flop_of_an_image(sdxl(8), shape[1:]) / 1e12, *(size / GIB for size in kept), step)
         rows.append([str(side), *(f"{cell:.3g}" for cell in cells)])
     return table(head, rows, text=0)
 
@@ -215,15 +214,11 @@ def sdxl(rank: int, checkpointing: bool = False) -> Any:
     return unet
 
 
-def flop(unet: Any, shape: tuple[int, ...]) -> int:
+def flop_of_an_image(unet: Any, shape: tuple[int, int, int]) -> int:
     """Counts the operations of a pass, forward and backward, on one image of latents (C, h, w)."""
-    networks = BareNetworks(SimpleNamespace(denoiser=SimpleNamespace(unet=unet)), learns=False)  # type: ignore[arg-type]
-    weights, _ = on_meta(networks, torch.bfloat16)
-    inputs = networks.inputs(1, shape, torch.device("meta"))  # type: ignore[arg-type]
-    weights = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-    with FlopCounterMode(display=False) as counter:
-        functional_call(networks, weights, kwargs=inputs).sum().backward()
-    return counter.get_total_flops()
+    module: Any = SimpleNamespace(denoiser=SDXLDenoiser(unet, EpsPreconditioning()))
+    networks = BareNetworks(module, learns=False)
+    return flop(networks, networks.inputs(1, shape, torch.device("meta")))
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:

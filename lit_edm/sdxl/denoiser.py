@@ -1,6 +1,7 @@
 """The SDXL UNet as a denoiser."""
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class SDXLDenoiser(nn.Module):
         with self.autocast(x.device.type):
             return self.preconditioning.denoise(network, x, sigma)
 
-    def autocast(self, device: str) -> torch.autocast:
-        """Returns the context that the network computes in on a type of device: what is there, or none; see above."""
-        helps = self.needs_autocast or self.unet.conv_in.weight.dtype == torch.float32
-        return torch.autocast(device, enabled=helps and torch.is_autocast_enabled(device))
+    def autocast(self, device: str) -> AbstractContextManager[Any]:
+        """Returns the context that the network computes in on a type of device: without autocast where it can."""
+        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        spared = on and not self.needs_autocast and self.unet.conv_in.weight.dtype != torch.float32
+        return torch.autocast(device, enabled=False) if spared else nullcontext()

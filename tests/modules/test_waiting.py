@@ -25,6 +25,7 @@ from lit_edm.callbacks import (
     EndOnSigterm,
     ExponentialMovingAverage,
     FreezeEmbeddings,
+    Pace,
     RetractEmbeddings,
     SeamlessResume,
     TrainDuring,
@@ -233,7 +234,7 @@ def train(made: Any, watch: Watch, **settings: Any) -> Watch:
     seed_everything(3, verbose=False)
     module, data, callbacks = made
     quiet = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False, "limit_val_batches": 0}
-    always = [SeamlessResume(), EndOnSigterm(), watch]
+    always = [Pace(), SeamlessResume(), EndOnSigterm(), watch]
     trainer = Trainer(
         callbacks=[*callbacks, *always], log_every_n_steps=100, gradient_clip_val=1.0, **(quiet | settings)
     )
@@ -245,7 +246,7 @@ def train(made: Any, watch: Watch, **settings: Any) -> Watch:
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Watch]]:
     """Trains on the meta device, with a progress bar."""
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay those that optimizers are given
-    for place in ("latents", "conditioning"):
+    for place in ("latents", "conditioning", "placement"):
         monkeypatch.setattr(f"lit_edm.sdxl.{place}.place_frozen", lambda *_: None)  # there is no way back
     monkeypatch.setattr(LatentSpace, "fingerprint", "reads weights, before training")
     monkeypatch.setattr(LatentSpace, "_own_precision", lambda *_: nullcontext())  # which the meta device has none of
