@@ -35,7 +35,11 @@ def run_tables(runs: Sequence[dict[str, Any]]) -> list[str]:
     numbered = list(enumerate(runs, start=1))
     parts = [(number, run, name, part) for number, run in numbered for name, part in run["parts"].items()]
     return [
-        *table(["run", "what", "on"], [[str(number), what(run), on_what(run)] for number, run in numbered], text=3),
+        *table(
+            ["run", "what", "on", "first step s"],
+            [[str(number), what(run), on_what(run), f"{run['first_step']:.3g}"] for number, run in numbered],
+            text=3,
+        ),
         "",
         *table(COLUMNS, [[str(number), name, *numbers(part)] for number, _, name, part in parts], text=2),
         "",
