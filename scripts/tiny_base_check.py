@@ -9,7 +9,7 @@ G4  The same figures for other ways of training, which should separate good ones
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from lit_edm.seeds import seed_of
 SAMPLER = HeunSampler(12)
 SIGMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Noise levels of validation losses."""
+SHOWN = 4
+"""Times an epoch of fine-tuning shows each image."""
 NAMED = 16
 """Icons of the sheet of G1."""
 FLAT, TOK = "{name}, flat icon", "a 3d icon in the style of TOK, {thing}, white background"
@@ -127,9 +129,8 @@ def drawn_flat(judge: Judge, base: Path, folder: Path) -> dict[str, Any]:
     shown = torch.linspace(0, len(names) - 1, min(NAMED, len(names))).long().tolist()
     write_sheet(folder / "G1.png", {f"row {n // 8}": images[shown[n : n + 8]] for n in range(0, len(shown), 8)})
     rows = {"drawn": images, "true": true, "nearest": true[nearest]}
-    write_sheet(
-        folder / "G2.png", {f"{k}-{n}": v[n : n + 20] for n in range(0, len(names), 20) for k, v in rows.items()}
-    )
+    parts = range(0, len(names), 20)
+    write_sheet(folder / "G2.png", {f"{key} {n}": row[n : n + 20] for n in parts for key, row in rows.items()})
     return {
         "named": [names[number] for number in shown],
         "nearest_is_right": sum(right) / len(right),
@@ -145,11 +146,11 @@ class Way:
         loss: Scores the denoiser.
         adapter: What is trained beside two new tokens; nothing else if none.
         pivot: Share of the run in which tokens learn.
-        epochs: Of 22 images, each shown four times; 0 trains nothing.
+        epochs: Of 22 images, each shown SHOWN times; 0 trains nothing.
     """
 
     loss: DiffusionLoss = EDMLoss(LogNormal(-0.4, 1.2), EDMWeighting(0.5))
-    adapter: Adapter | None = field(default_factory=lambda: LoRA(rank=8))
+    adapter: Adapter | None = LoRA(rank=8)
     pivot: float = 0.5
     epochs: int = 10
 
@@ -157,9 +158,9 @@ class Way:
 GATED = "EDM-weighted, LoRA and pivot"
 WAYS: dict[str, Way] = {
     GATED: Way(),
-    "plain eps": Way(EDMLoss(LogNormal(-0.4, 1.2), SNRWeighting())),
+    "plain eps": Way(EDMLoss(LogNormal(0.483, 1.194), SNRWeighting())),  # noise levels as of uniform timesteps
     "no training": Way(epochs=0),
-    "tokens alone": Way(adapter=None),
+    "tokens alone": Way(adapter=None, pivot=1.0),
     "no pivot": Way(pivot=1.0),
 }
 
@@ -222,7 +223,7 @@ def tuned(judge: Judge, base: Path, folder: Path, name: str, way: Way, seed: int
 def fit(module: SDXLModule, way: Way) -> None:
     """Fine-tunes a module on the 22 icons."""
     data = CaptionedImagesDataModule(
-        ROOT / "data/icons3d", resolution=SIDE, repeats=4, latent_cache=MemoryCache(), batch_size=4
+        ROOT / "data/icons3d", resolution=SIDE, repeats=SHOWN, latent_cache=MemoryCache(), batch_size=4
     )
     callbacks: list[Callback] = [FreezeEmbeddings(way.pivot)] if way.pivot < 1 else []
     trainer = Trainer(
@@ -246,7 +247,7 @@ def drop(prompt: str) -> str:
 
 def load(base: Path) -> SDXLModule:
     """Returns a module that draws as the base does."""
-    module = SDXLModule(str(base))
+    module = SDXLModule(str(base), adapter=None)
     module.configure_model()
     return module.eval()
 

@@ -70,17 +70,17 @@ pipeline_tag: text-to-image
 
 An SDXL of {size / 1e6:.1f} MB: the same classes, conditioning, two text encoders and file layout, with EDM's
 preconditioning and normalised latents as Playground v2.5 has them. It draws {len(chosen.concepts)} things as
-{" and ".join(BASE_STYLES)} icons of {SIDE} x {SIDE} pixels, so that a first run and tests can see something learned in a
-minute on a CPU. It is no use for anything else.
+{" and ".join(BASE_STYLES)} icons of {SIDE} x {SIDE} pixels, so that a first run and tests can see something
+learned in a minute on a CPU. It is no use for anything else.
 
-Prompts: {"; ".join(f'"{example}"' for example in examples)}; each with "{", ".join(BACKGROUNDS)} background" or without.
+Prompts: {"; ".join(examples)}; with ", white background" or without. Backgrounds: {", ".join(BACKGROUNDS)}.
 The things: {", ".join(chosen.concepts)}.
 
 ## What it has learned from
 
-Microsoft's Fluent Emoji, flat and high contrast, rendered at {SIDE} and 256 px; the VAE also from further emoji, those in
-3D among them. **Never seen in 3D by anything here**: the things of data/icons3d ({", ".join(chosen.tuned)}), from which
-fine-tuning learns, and those that it is judged on ({", ".join(chosen.held_out)}).
+Microsoft's Fluent Emoji, flat and high contrast, rendered at {SIDE} and 256 px; the VAE also from further emoji,
+in 3D as well. **Never seen in 3D by anything here**: the things of data/icons3d ({", ".join(chosen.tuned)}), from
+which fine-tuning learns, and those that it is judged on ({", ".join(chosen.held_out)}).
 
 Packages: {", ".join(packages)}. The icons are under the MIT licence (LICENSE here), and so are the vocabulary of CLIP,
 which is pruned to the words of captions and prompts, and these weights. emojibase-data, which names the icons, is under

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,7 +68,7 @@ def merged(word: str, rank: dict[Pair, int]) -> list[Pair]:
     """Returns the pairs that byte pair encoding merges in a word, one after the other."""
     parts, pairs = [*word[:-1], f"{word[-1]}</w>"], list[Pair]()
     while True:
-        ranked = [(rank[pair], pair) for pair in zip(parts, parts[1:], strict=False) if pair in rank]
+        ranked = [(rank[pair], pair) for pair in pairwise(parts) if pair in rank]
         if not ranked:
             return pairs
         pair = min(ranked)[1]
