@@ -11,6 +11,7 @@ Each step reads what those before it have left in the folder --work, and can be 
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -22,11 +23,13 @@ from tiny_base_icons import FluentIcons, fetch, read_merges
 from tiny_base_unet import ICONS, BaseTraining, make_start, train_unet
 from tiny_base_vae import VAETraining, train_vae
 
+from lit_edm.errors import InputError
+
 WORK = Path("build/tiny-base")
 
 
 def data(
-    work: Path = WORK, sources: Path | None = None, concepts: int = 160, held_out: int = 24, seed: int = 0
+    work: Path = WORK, sources: Path | None = None, concepts: int = 120, held_out: int = 24, seed: int = 0
 ) -> None:
     """Fetches icons, settles which are for what, renders and captions them, and cuts CLIP's vocabulary down to that.
 
@@ -113,4 +116,7 @@ def check(
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)  # such small networks do not share out well
-    auto_cli([data, vae, unet, export, check])
+    try:
+        auto_cli([data, vae, unet, export, check])
+    except InputError as error:
+        sys.exit(f"tiny_base.py: error: {error}")

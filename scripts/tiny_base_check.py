@@ -23,10 +23,11 @@ from torch import Tensor
 from lit_edm.cache import MemoryCache
 from lit_edm.callbacks import FreezeEmbeddings
 from lit_edm.callbacks.sheet import contact_sheet, to_pictures
-from lit_edm.data import CaptionedImagesDataModule
+from lit_edm.data import CaptionedImagesDataModule, Prior, TeacherPrior
 from lit_edm.edm import DiffusionLoss, EDMLoss, EDMWeighting, HeunSampler, LogNormal, SNRWeighting
 from lit_edm.files import write_whole
 from lit_edm.modules import SDXLModule
+from lit_edm.modules.diffusion import evaluating
 from lit_edm.modules.prior import blank_batch, unit_noise
 from lit_edm.optim import GroupedProdigy
 from lit_edm.sdxl import Adapter, LoRA
@@ -82,7 +83,9 @@ class Judge:
         """Returns the mean of EDM's loss of images under prompts over SIGMAS, each from noise of its own."""
         latents = latents_of(module, images)
         batch = blank_batch(prompts, (SIDE, SIDE), module.device)
-        denoise, weight, losses = module.denoise(batch), EDMWeighting(0.5), []
+        with evaluating(module):
+            denoise = module.denoise(batch)
+        weight, losses = EDMWeighting(0.5), list[float]()
         for level, sigma in enumerate(SIGMAS):
             noise = unit_noise([seed_of(level, row) for row in range(len(latents))], latents.shape[1:], module.device)
             sigmas = latents.new_full((len(latents),), sigma)
@@ -147,12 +150,14 @@ class Way:
         adapter: What is trained beside two new tokens; nothing else if none.
         pivot: Share of the run in which tokens learn.
         epochs: Of 22 images, each shown SHOWN times; 0 trains nothing.
+        prior: What keeps flat icons as the base draws them; nothing if none.
     """
 
     loss: DiffusionLoss = EDMLoss(LogNormal(-0.4, 1.2), EDMWeighting(0.5))
     adapter: Adapter | None = LoRA(rank=8)
     pivot: float = 0.5
     epochs: int = 10
+    prior: Prior | None = None
 
 
 GATED = "EDM-weighted, LoRA and pivot"
@@ -162,6 +167,7 @@ WAYS: dict[str, Way] = {
     "no training": Way(epochs=0),
     "tokens alone": Way(adapter=None, pivot=1.0),
     "no pivot": Way(pivot=1.0),
+    "with the base as a teacher": Way(prior=TeacherPrior("a flat icon, white background")),
 }
 
 
@@ -193,11 +199,10 @@ def tuned(judge: Judge, base: Path, folder: Path, name: str, way: Way, seed: int
     true = judge.true("3d", names)
     before = {
         "flat": judge.draw(module, prompts["flat"]),
-        "loss": judge.loss(module.eval(), true, [drop(prompt) for prompt in prompts["tok"]]),
+        "loss": judge.loss(module, true, [drop(prompt) for prompt in prompts["tok"]]),
     }
     if way.epochs:
         fit(module, way)
-    module.eval()
     images = {key: judge.draw(module, some) for key, some in prompts.items()}
     mean = read_pictures(sorted((ROOT / "data/icons3d").glob("*.webp"))).mean(0, keepdim=True)
     flat_true = judge.true("flat", names)
@@ -223,7 +228,12 @@ def tuned(judge: Judge, base: Path, folder: Path, name: str, way: Way, seed: int
 def fit(module: SDXLModule, way: Way) -> None:
     """Fine-tunes a module on the 22 icons."""
     data = CaptionedImagesDataModule(
-        ROOT / "data/icons3d", resolution=SIDE, repeats=SHOWN, latent_cache=MemoryCache(), batch_size=4
+        ROOT / "data/icons3d",
+        resolution=SIDE,
+        repeats=SHOWN,
+        prior=way.prior,
+        latent_cache=MemoryCache(),
+        batch_size=4,
     )
     callbacks: list[Callback] = [FreezeEmbeddings(way.pivot)] if way.pivot < 1 else []
     trainer = Trainer(

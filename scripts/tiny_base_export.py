@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
 from tiny_base_data import BACKGROUNDS, BASE_STYLES, SIDE, TEMPLATES, read_split
 from tiny_base_icons import PACKAGES, WORDS
 from tiny_base_unet import BaseTraining, make_module, write_base
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_edm.checkpoints import WholeCheckpointIO
 from lit_edm.errors import InputError
-from lit_edm.files import write_whole
+from lit_edm.files import write_tensors, write_whole
 
 MOST_BYTES = 16 * 2**20
 """Of all weights: they are kept in the repository."""
@@ -34,9 +34,11 @@ def export_base(work: Path, output: Path) -> int:
         raise InputError(f"there is no {checkpoint}: run `tiny_base.py unet` first")
     kept = WholeCheckpointIO().load_checkpoint(checkpoint)
     average = kept["callbacks"]["ExponentialMovingAverage"]
-    pipeline = averaged_pipeline(work / "start", average["average"]).to(dtype=torch.float16)
-    write_base(pipeline, output)
-    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+    write_base(averaged_pipeline(work / "start", average["average"]), output)
+    files = list(output.rglob("*.safetensors"))
+    for path in files:  # and not the networks: their configs would ask for half precision on a CPU, too
+        write_tensors(path, {name: value.half() for name, value in load_file(path).items()})
+    size = sum(path.stat().st_size for path in files)
     if size > MOST_BYTES:
         raise InputError(f"{output}: the weights have {size} bytes, more than {MOST_BYTES}: make the networks smaller")
     write_card(work, output, average["images_seen"], size)

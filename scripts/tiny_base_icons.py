@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from gzip import decompress
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from zipfile import ZipFile
 
 from PIL import Image
@@ -109,7 +110,7 @@ class FluentIcons:
                 found[name] = (key, photos[code])
         return dict(sorted(found.items()))
 
-    def _json(self, package: str, file: str) -> dict:
+    def _json(self, package: str, file: str) -> Any:
         return json.loads((self.sources / package / file).read_text(encoding="utf-8"))
 
 
@@ -122,8 +123,10 @@ def fetch(folder: Path) -> None:
     """Downloads and unpacks what is not there yet, by npm and pip as they are set up on this machine.
 
     Raises:
-        InputError: One of them fails.
+        InputError: One of them fails, or what renders icons is not installed.
     """
+    if find_spec("resvg_py") is None:
+        raise InputError("resvg-py, which renders the icons, is not installed: pip install resvg-py")
     for package, version in PACKAGES.items():
         if not (target := folder / package).exists():
             folder.mkdir(parents=True, exist_ok=True)

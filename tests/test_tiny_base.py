@@ -77,7 +77,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(tmp_path_factory: pytest.TempPathFactory, tuned: Path) -> Path:
     """All steps up to the UNet's start."""
     folder = tmp_path_factory.mktemp("work")
-    data.write_data(Shapes(), merges_of(["a flat icon of triangle"]), folder / "data", tuned, 5, 2, SEED)
+    merges = merges_of([*data.BACKGROUNDS, *Shapes.names, "a an flat line icon in the style of tok background"])
+    data.write_data(Shapes(), merges, folder / "data", tuned, 5, 2, SEED)
     assert vae.train_vae(folder / "data", folder / "vae", unet.ICONS, VAE, 9.0, "cpu")
     unet.make_start(folder / "data", folder / "vae/diffusers", folder / "start", unet.ICONS, SEED)
     return folder
