@@ -101,6 +101,7 @@ class FromScratch(SDXLModule):
         """Loads the networks."""
         super().load_networks()
         self.denoiser.unet.set_attn_processor(AttnProcessor())
+        self.conditioner.float()  # the layers behind what is used stay frozen, and a CPU's norms do not mix precisions
 
 
 def make_start(data: Path, vae: Path, folder: Path, size: BaseSize, seed: int) -> None:
@@ -154,7 +155,7 @@ def make_module(start: Path, settings: BaseTraining) -> SDXLModule:
         adapter=FullFinetune(embeddings=True),
         text_encoder_adapter=FullFinetune(embeddings=True),
         loss=EDMLoss(Stratified(LogNormal(settings.p_mean, settings.p_std)), EDMWeighting(0.5)),
-        optimizer=partial(torch.optim.AdamW, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+        optimizer=partial(torch.optim.AdamW, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0),
         lr_scheduler=partial(WarmupSchedule, warmup_steps=settings.warmup_steps),
     )
 

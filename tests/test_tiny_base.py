@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from types import ModuleType
@@ -266,6 +267,13 @@ def test_everything_but_the_vae_is_trained(work: Path, trained: dict[str, Any]) 
 def flat(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     average = checkpoint["callbacks"]["ExponentialMovingAverage"]["average"]
     return checkpoint["state_dict"] | {f"average.{name}": value for name, value in average.items()}
+
+
+def test_a_base_can_be_trained_in_bf16(work: Path, tmp_path: Path) -> None:
+    settings = replace(UNET, precision="bf16-mixed")
+    assert unet.train_unet(work / "data", work / "start", tmp_path / "unet", settings, 8, 9.0, "cpu") == 8
+    kept = WholeCheckpointIO().load_checkpoint(tmp_path / "unet/checkpoints/last.ckpt")
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in flat(kept).values())
 
 
 def test_a_base_that_is_broken_off_ends_the_same(work: Path, tmp_path: Path, trained: dict[str, Any]) -> None:
