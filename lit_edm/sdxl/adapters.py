@@ -45,13 +45,16 @@ class Adapter(ABC):
 
 @dataclass(frozen=True)
 class FullFinetune(Adapter):
-    """Trains the weights themselves, held in float32; not the embedding tables, whose new tokens have their own.
+    """Trains the weights themselves, held in float32.
 
     Args:
         blocks: Layers or blocks to train, such as mid_block or up_blocks.*.attn2; everything if empty.
+        embeddings: Train the tables of embeddings, too, as a base that has learned nothing needs it. A base that has
+            learned needs none of it: new tokens have their own.
     """
 
     blocks: tuple[str, ...] = ()
+    embeddings: bool = False
 
     def __call__(self, network: nn.Module, without: Sequence[str] = ()) -> None:
         """Unfreezes the weights.
@@ -72,7 +75,8 @@ class FullFinetune(Adapter):
         names = [
             name
             for name, layer in network.named_modules()
-            if not isinstance(layer, nn.Embedding) and next(layer.parameters(recurse=False), None) is not None
+            if (self.embeddings or not isinstance(layer, nn.Embedding))
+            and next(layer.parameters(recurse=False), None) is not None
         ]
         return chosen(names, self.blocks, f"{adapter_key(network)}.init_args.blocks")
 

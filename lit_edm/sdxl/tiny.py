@@ -98,7 +98,8 @@ def text_config(settings: Mapping[str, Any], vocabulary: int) -> Any:
     """Returns the config of a CLIP text encoder."""
     from transformers import CLIPTextConfig
 
-    return CLIPTextConfig(vocab_size=vocabulary, max_position_embeddings=77, bos_token_id=0, eos_token_id=2, **settings)
+    usual = {"max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
+    return CLIPTextConfig(vocab_size=vocabulary, **(usual | dict(settings)))
 
 
 def make_tokenizer(vocabulary: int, pad_token: str) -> Any:

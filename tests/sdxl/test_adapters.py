@@ -352,3 +352,14 @@ class TestBadSettings:
     def test_name_the_text_encoders_by_their_key(self, tiny: Path) -> None:
         with pytest.raises(InputError, match=r"^model.init_args.text_encoder_adapter.init_args.blocks: mid_block"):
             LoRA(blocks=("mid_block",))(load(tiny, "text_encoder"))
+
+
+@pytest.mark.parametrize("kind", ["unet", "text_encoder", "text_encoder_2"])
+def test_a_base_that_has_learned_nothing_is_trained_whole(tiny: Path, kind: str) -> None:
+    whole, known = load(tiny, kind), load(tiny, kind)
+    FullFinetune(embeddings=True)(whole)
+    FullFinetune()(known)
+    tables = {name for name, _ in whole.named_parameters() if "embedding.weight" in name and "time" not in name}
+    assert bool(tables) == (kind != "unet")
+    assert trained(whole).keys() == dict(whole.named_parameters()).keys()
+    assert trained(known).keys() == trained(whole).keys() - tables

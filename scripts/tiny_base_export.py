@@ -1,0 +1,104 @@
+"""Writes the tiny base as others read it: diffusers' layout, half precision, and a card that says where it is from."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from tiny_base_data import BACKGROUNDS, BASE_STYLES, SIDE, TEMPLATES, read_split
+from tiny_base_icons import PACKAGES, WORDS
+from tiny_base_unet import BaseTraining, make_module, write_base
+from torch import Tensor
+
+from lit_edm.checkpoints import WholeCheckpointIO
+from lit_edm.errors import InputError
+from lit_edm.files import write_tensors, write_whole
+
+MOST_BYTES = 16 * 2**20
+"""Of all weights: they are kept in the repository."""
+
+
+def export_base(work: Path, output: Path) -> int:
+    """Writes the averaged weights of the last checkpoint; returns the bytes of all weights.
+
+    Args:
+        work: Folder of all steps.
+        output: Folder to write to.
+
+    Raises:
+        InputError: There is no checkpoint, or the weights are too large to be kept in the repository.
+    """
+    checkpoint = work / "unet/checkpoints/last.ckpt"
+    if not checkpoint.exists():
+        raise InputError(f"there is no {checkpoint}: run `tiny_base.py unet` first")
+    kept = WholeCheckpointIO().load_checkpoint(checkpoint)
+    average = kept["callbacks"]["ExponentialMovingAverage"]
+    write_base(averaged_pipeline(work / "start", average["average"]), output)
+    files = list(output.rglob("*.safetensors"))
+    for path in files:  # and not the networks: their configs would ask for half precision on a CPU, too
+        write_tensors(path, {name: value.half() for name, value in load_file(path).items()})
+    size = sum(path.stat().st_size for path in files)
+    if size > MOST_BYTES:
+        raise InputError(f"{output}: the weights have {size} bytes, more than {MOST_BYTES}: make the networks smaller")
+    write_card(work, output, average["images_seen"], size)
+    return size
+
+
+def averaged_pipeline(start: Path, average: Mapping[str, Tensor]) -> StableDiffusionXLPipeline:
+    """Returns the base that training began with, its weights replaced by their averages."""
+    module = make_module(start, BaseTraining())
+    module.configure_model()
+    module.load_state_dict(dict(average), strict=False)
+    networks = module.networks()
+    pipeline = StableDiffusionXLPipeline.from_pretrained(start)
+    for name, network in networks.items():
+        getattr(pipeline, name).load_state_dict(network.state_dict())
+    return pipeline
+
+
+def write_card(work: Path, output: Path, images: int, size: int) -> None:
+    """Writes README.md and LICENSE of an exported base; check adds what it found to the first."""
+    chosen = read_split(work / "data")
+    psnr = [json.loads(line) for line in (work / "vae/metrics.jsonl").read_text().splitlines()][-1]["psnr"]
+    packages = [*(f"{name} {version}" for name, version in PACKAGES.items()), WORDS.replace("==", " ")]
+    examples = [template.format(style="flat", name="rocket", thing="a rocket") for template in TEMPLATES]
+    card = f"""---
+license: mit
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# A tiny SDXL that draws icons
+
+An SDXL of {size / 1e6:.1f} MB: the same classes, conditioning, two text encoders and file layout, with EDM's
+preconditioning and normalised latents as Playground v2.5 has them. It draws {len(chosen.concepts)} things as
+{" and ".join(BASE_STYLES)} icons of {SIDE} x {SIDE} pixels, so that a first run and tests can see something
+learned in a minute on a CPU. It is no use for anything else.
+
+Prompts: {"; ".join(examples)}; with ", white background" or without. Backgrounds: {", ".join(BACKGROUNDS)}.
+The things: {", ".join(chosen.concepts)}.
+
+## What it has learned from
+
+Microsoft's Fluent Emoji, flat and high contrast, rendered at {SIDE} and 256 px; the VAE also from further emoji,
+in 3D as well. **Never seen in 3D by anything here**: the things of data/icons3d ({", ".join(chosen.tuned)}), from
+which fine-tuning learns, and those that it is judged on ({", ".join(chosen.held_out)}).
+
+Packages: {", ".join(packages)}. The icons are under the MIT licence (LICENSE here), and so are the vocabulary of CLIP,
+which is pruned to the words of captions and prompts, and these weights. emojibase-data, which names the icons, is under
+the MIT licence.
+
+## How it was made
+
+{images:,} images through the UNet, {psnr:.1f} dB of the VAE on its own pictures. In this order, each to be called again
+until it is done:
+
+    python scripts/tiny_base.py data
+    python scripts/tiny_base.py vae
+    python scripts/tiny_base.py unet
+    python scripts/tiny_base.py export
+    python scripts/tiny_base.py check
+"""
+    licence = (Path(__file__).parents[1] / "data/icons3d/LICENSE").read_text(encoding="utf-8")
+    write_whole(output / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+    write_whole(output / "LICENSE", lambda part: part.write_text(licence, encoding="utf-8"))
