@@ -79,7 +79,7 @@ class FluentIcons:
         icon, photo = self._emoji[name]
         if style == "3d":
             return Image.open(photo).convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
-        from resvg_py import svg_to_bytes
+        from resvg_py import svg_to_bytes  # type: ignore[import-not-found] (for this step alone)
 
         body = (self._flat if style == "flat" else self._line)[icon]["body"]
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="{side}" height="{side}">{body}</svg>'
@@ -105,8 +105,9 @@ class FluentIcons:
         for emoji in self._json("emojibase-data", "en/data.json"):
             name, code = emoji["label"].lower(), plain(emoji["hexcode"].lower())
             key = keys.get(code)
-            drawn = key in self._flat.keys() & self._line.keys() and code in photos
-            if emoji.get("subgroup") in wanted and drawn and re.fullmatch("[a-z]+( [a-z]+)?", name):
+            if key is None or key not in self._flat.keys() & self._line.keys() or code not in photos:
+                continue
+            if emoji.get("subgroup") in wanted and re.fullmatch("[a-z]+( [a-z]+)?", name):
                 found[name] = (key, photos[code])
         return dict(sorted(found.items()))
 

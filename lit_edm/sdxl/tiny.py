@@ -98,8 +98,8 @@ def text_config(settings: Mapping[str, Any], vocabulary: int) -> Any:
     """Returns the config of a CLIP text encoder."""
     from transformers import CLIPTextConfig
 
-    usual = {"max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
-    return CLIPTextConfig(vocab_size=vocabulary, **(usual | dict(settings)))
+    usual: dict[str, Any] = {"max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
+    return CLIPTextConfig(vocab_size=vocabulary, **{**usual, **settings})
 
 
 def make_tokenizer(vocabulary: int, pad_token: str) -> Any:
