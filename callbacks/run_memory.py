@@ -12,6 +12,7 @@ from lit_edm.callbacks.ema import ExponentialMovingAverage
 from lit_edm.modules import EDMModule, SDXLModule
 from lit_edm.sdxl import FullFinetune
 from lit_edm.sdxl.memory import (
+    GIB,
     TrainingMemory,
     bytes_kept,
     bytes_of,
@@ -21,7 +22,6 @@ from lit_edm.sdxl.memory import (
     state_of,
 )
 
-GIB = 2**30
 ROOM_FOR_OTHERS = 1.0
 """GiB of a device for what TrainingMemory leaves out."""
 

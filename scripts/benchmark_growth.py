@@ -32,14 +32,14 @@ from torch.futures import Future
 from lit_edm.data import CaptionedImagesDataModule
 from lit_edm.edm import EpsPreconditioning
 from lit_edm.sdxl import LoRA, SDXLDenoiser
-from lit_edm.sdxl.memory import bytes_of, kept_by_unet
+from lit_edm.sdxl.memory import GIB, bytes_of, kept_by_unet
 from lit_edm.sdxl.sizes import SIZES
 from lit_edm.sdxl.tiny import made_in, make_unet
 
 ROOT = Path(__file__).parents[1]
 MARKER = "<!-- All below is written by scripts/benchmark_growth.py; what stands above is kept. -->"
 CPU = torch.device("cpu")
-MB, GIB = 10**6, 2**30
+MB = 10**6
 BATCHES = 100
 
 

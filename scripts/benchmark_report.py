@@ -8,6 +8,8 @@ from typing import Any
 from benchmark_phases import PHASES
 from benchmark_setup import Settings
 
+from lit_edm.sdxl.memory import GIB
+
 MARKER = "<!-- All below is written by scripts/benchmark.py; what stands above is kept. -->"
 SHOWN_APART = ("size", "side", "batch_size", "steps", "turn", "warmup", "profiled", "clock", "memory", "pivot", "note")
 """Settings that are columns of the table, or say how is measured rather than what."""
@@ -16,7 +18,6 @@ COLUMNS = [
     *("run", "part", "step s", "floor s", "step / floor", "images/s"),
     *("clip + optimizer", "GiB floor", "GiB start", "GiB steps", "TFLOP a step", "TFLOP/s", "of matmul"),
 ]
-GIB = 2**30
 
 
 def write_report(runs: Sequence[dict[str, Any]], file: Path) -> None:

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from lit_edm.modules import SDXLModule
 from lit_edm.modules.diffusion import trainable
 from lit_edm.optim import GroupedProdigy
-from lit_edm.sdxl.checkpointing import GIB, measure
-from lit_edm.sdxl.memory import Autocast, autocast_of, bytes_of, state_of
+from lit_edm.sdxl.checkpointing import measure
+from lit_edm.sdxl.memory import GIB, Autocast, autocast_of, bytes_of, state_of
 from lit_edm.sdxl.sizes import SizeName
 
 FILE = Path(__file__).parents[1] / "benchmarks/memory.md"

@@ -58,7 +58,7 @@ def averaged_pipeline(start: Path, average: Mapping[str, Tensor]) -> StableDiffu
 
 
 def write_card(work: Path, output: Path, images: int, size: int) -> None:
-    """Writes README.md and LICENSE of an exported base; check adds what it found to the first."""
+    """Writes README.md and LICENSE of an exported base."""
     chosen = read_split(work / "data")
     psnr = [json.loads(line) for line in (work / "vae/metrics.jsonl").read_text().splitlines()][-1]["psnr"]
     packages = [*(f"{name} {version}" for name, version in PACKAGES.items()), WORDS.replace("==", " ")]

@@ -17,9 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lit_edm.errors import InputError
-from lit_edm.sdxl.memory import autocast_of, run_without_values, unet_inputs
-
-GIB = 2**30
+from lit_edm.sdxl.memory import GIB, autocast_of, run_without_values, unet_inputs
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from lit_edm.sdxl.compilation import uncompiled
 from lit_edm.sdxl.low_rank import casts_all_it_trains
 
+GIB = 2**30
+
 STATES_OF_ADAM = 2
 """Numbers that most optimizers keep of each trained one: running mean and running square of the gradient."""
 
