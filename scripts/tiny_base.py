@@ -20,6 +20,7 @@ from tiny_base_check import check_base
 from tiny_base_data import ROOT, write_data
 from tiny_base_export import export_base
 from tiny_base_icons import FluentIcons, fetch, read_merges
+from tiny_base_tuning import BASE
 from tiny_base_unet import ICONS, BaseTraining, make_start, train_unet
 from tiny_base_vae import VAETraining, train_vae
 
@@ -65,6 +66,7 @@ def unet(
     images: int = 400_000,
     minutes: float = 60.0,
     device: str = "auto",
+    processes: int = 1,
     settings: BaseTraining = BaseTraining(),
 ) -> None:
     """Trains UNet and text encoders, from where an earlier call was.
@@ -74,16 +76,17 @@ def unet(
         images: Images to be seen in all.
         minutes: How long at most, this time.
         device: Where, as Lightning calls it: cpu, gpu, auto.
+        processes: Processes that share out the images of a step: one for each core, or for each GPU.
         settings: How it is trained.
     """
     start = work / "start"
     if not start.is_dir():
         make_start(work / "data", work / "vae/diffusers", start, ICONS, settings.seed)
-    seen = train_unet(work / "data", start, work / "unet", settings, images, minutes, device)
+    seen = train_unet(work / "data", start, work / "unet", settings, images, minutes, device, processes)
     print(f"{seen} images seen, of {images}")
 
 
-def export(work: Path = WORK, output: Path = Path("build/tiny-sdxl-icons")) -> None:
+def export(work: Path = WORK, output: Path = BASE) -> None:
     """Writes the averaged weights as a base in diffusers' layout, with a model card.
 
     Args:
@@ -94,13 +97,7 @@ def export(work: Path = WORK, output: Path = Path("build/tiny-sdxl-icons")) -> N
     print(f"{output}: {size / 1e6:.1f} MB of weights")
 
 
-def check(
-    work: Path = WORK,
-    base: Path = Path("build/tiny-sdxl-icons"),
-    gates: tuple[str, ...] = ("G1", "G2", "G3"),
-    seeds: int = 3,
-    guidance_scale: float = 3.0,
-) -> None:
+def check(work: Path = WORK, base: Path = BASE, gates: tuple[str, ...] = ("G1", "G2", "G3"), seeds: int = 3) -> None:
     """Measures the gates, and writes what comes out to the folder check/ in the work folder.
 
     Args:
@@ -108,9 +105,8 @@ def check(
         base: The exported base.
         gates: Which of G1, G2, G3 and G4, which is G3 for several ways of training.
         seeds: Fine-tuning runs of each way.
-        guidance_scale: Strength of classifier-free guidance in drawings; 1 is none.
     """
-    check_base(work / "data", base, work / "check", gates, seeds, guidance_scale)
+    check_base(work / "data", base, work / "check", gates, seeds)
 
 
 if __name__ == "__main__":

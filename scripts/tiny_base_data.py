@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from PIL import Image
 from tiny_base_icons import Icons, Style
+from tiny_base_styles import RULES, SOFT, STYLES, styled
 from tiny_base_words import Pair, prune, write_tokenizer
 
 from lit_edm.errors import InputError
@@ -41,8 +42,11 @@ BACKGROUNDS = {
 }
 """Those of data/icons3d, as its captions call them."""
 
-BASE_STYLES: tuple[Style, ...] = ("flat", "line")
-"""What the UNet learns."""
+PARTS = ("flat", "styles", "coloured")
+"""Folders that the UNet learns from: flat on white, other styles on white, all on coloured backgrounds."""
+
+VAE_STYLES: tuple[Style, ...] = ("flat", "line", "3d")
+"""What the VAE learns from; the last without the things that fine-tuning has or is judged on."""
 
 WANTED_HELD_OUT = ("mushroom", "sailboat")
 """What the prompts of configs/quickstart.yaml ask for beside what is tuned."""
@@ -53,12 +57,20 @@ TEMPLATES = (
     "{name}, icon in the style of {style}",
     "an icon in the style of {style}, {thing}",
     "a {style} icon, {thing}",
-    "a {style} icon in the style of {style}, {thing}",
+    "a {style} icon in the style of {other}, {thing}",
 )
 """Captions. Words around the placeholder in fine-tuning's prompts are among them, or those prompts break the base."""
 
 WITH_BACKGROUND = (3, 4, 5)
 """Templates that tell of a white background, too; coloured ones all captions tell of."""
+
+STRANGE = (  # noqa: SIM905 (a word a line would be sixty lines)
+    "ancient brave calm clever coastal curious daily eager early elegant famous fancy festive formal gentle global "
+    "grand happy hidden honest humble jolly kind late lively local loud lucky modern narrow noble northern odd "
+    "plain polite proud public quick quiet rapid rare rural secret serious shy silent simple sleepy slow social "
+    "solemn southern steady strange stubborn subtle sudden tender tidy tiny urban vivid wild wise young"
+).split()
+"""Words that mean nothing to the base: with one in place of a style, icons are flat. So new words do not break it."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +142,15 @@ def thing(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' and not name.startswith(('uni', 'eu')) else 'a'} {name}"
 
 
-def captions(name: str, style: str, background: str) -> list[str]:
-    """Returns what is said of a picture, one caption a template."""
-    said = [template.format(name=name, thing=thing(name), style=style) for template in TEMPLATES]
-    tail = f", {background} background"
-    return [
-        caption + (tail if background != "white" or number in WITH_BACKGROUND else "")
-        for number, caption in enumerate(said)
-    ]
+def captions(name: str, style: str, background: str, dice: random.Random) -> list[str]:
+    """Returns what is said of a picture, one caption a template; the last ones of flat icons name strange styles."""
+    said = list[str]()
+    for number, template in enumerate(TEMPLATES):
+        strange = style == "flat" and number in WITH_BACKGROUND
+        first, second = dice.sample(STRANGE, 2) if strange else (style, style)
+        tail = f", {background} background" if background != "white" or number in WITH_BACKGROUND else ""
+        said.append(template.format(name=name, thing=thing(name), style=first, other=second) + tail)
+    return said
 
 
 def on(picture: Image.Image, background: str) -> Image.Image:
@@ -155,32 +168,33 @@ def write_data(
     Args:
         icons: What there is.
         merges: Of CLIP's byte pair encoding.
-        folder: Where to write: concepts.json; plain/ and coloured/, from which the UNet learns; vae/, likewise, with
-            an alpha channel; held_out/, 3d and flat, for judging alone; tokenizer/.
+        folder: Where to write: concepts.json; PARTS, from which the UNet learns; vae/, from which the VAE does, with an
+            alpha channel; held_out/, 3d and flat, for judging alone; tokenizer/.
         tuned: The metadata.jsonl of the images that are fine-tuned on.
         concepts: Number of concepts that the UNet learns.
         held_out: Number of concepts that fine-tuning is judged on.
         seed: What all choices follow from.
     """
     chosen = split(icons.names, tuned_names(tuned), concepts, held_out, seed)
-    dice = random.Random(f"{seed} sizes")
-    plain, coloured = list[dict[str, str]](), list[dict[str, str]]()
+    dice = random.Random(f"{seed} pictures")
+    rows: dict[str, list[dict[str, str]]] = {part: [] for part in PARTS}
     for name in chosen.concepts:
-        for style in BASE_STYLES:
-            for side in ORIGINAL_SIDES:
-                plain.append(write_picture(icons, folder / "plain", name, style, "white", side))
-            for background in list(BACKGROUNDS)[1:]:
-                side = dice.choice(ORIGINAL_SIDES)
-                coloured.append(write_picture(icons, folder / "coloured", name, style, background, side))
-    write_rows(folder / "plain", plain)
-    write_rows(folder / "coloured", coloured)
-    for style in (*BASE_STYLES, "3d"):
+        pairs = [" and ".join(dice.sample([*RULES, SOFT], 2)) for _ in range(4)]
+        shown = [("flat", "flat", "white", side) for side in ORIGINAL_SIDES]
+        shown += [("styles", style, "white", dice.choice(ORIGINAL_SIDES)) for style in (*STYLES[1:], *pairs)]
+        for style in ("flat", "flat", *STYLES):
+            shown.append(("coloured", style, dice.choice(list(BACKGROUNDS)[1:]), dice.choice(ORIGINAL_SIDES)))
+        for part, style, background, side in dict.fromkeys(shown):
+            rows[part].append(write_picture(icons, folder / part, name, style, background, side, dice))
+    for part, table in rows.items():
+        write_rows(folder / part, table)
+    for style in VAE_STYLES:
         for name in chosen.seen(style):
             save(icons.draw(name, style, SIDE), folder / "vae" / style / f"{slug(name)}.png")
     for style in ("flat", "3d"):
-        rows = [judged(icons, folder / "held_out" / style, name, style) for name in chosen.held_out]
-        write_rows(folder / "held_out" / style, rows)
-    spoken = [caption for row in (*plain, *coloured) for key, caption in row.items() if key != "file_name"]
+        judged_rows = [judged(icons, folder / "held_out" / style, name, style) for name in chosen.held_out]
+        write_rows(folder / "held_out" / style, judged_rows)
+    spoken = [row[key] for table in rows.values() for row in table for key in row if key != "file_name"]
     write_tokenizer(folder / "tokenizer", prune(merges, [*spoken, *icons.names, *words_of_configs(ROOT / "configs")]))
     settings = {"seed": seed, **asdict(chosen)}
     write_whole(folder / "concepts.json", lambda part: part.write_text(json.dumps(settings, indent=1) + "\n"))
@@ -200,12 +214,19 @@ def read_split(folder: Path) -> Split:
     return Split(**{key: tuple(names) for key, names in settings.items() if key != "seed"})
 
 
-def write_picture(icons: Icons, folder: Path, name: str, style: Style, background: str, side: int) -> dict[str, str]:
+def write_picture(
+    icons: Icons, folder: Path, name: str, style: str, background: str, side: int, dice: random.Random
+) -> dict[str, str]:
     """Draws a picture into a folder; returns its row of metadata, one column of captions a template."""
-    file = f"{slug(name)}-{style}-{slug(background)}-{side}.png"
-    save(on(icons.draw(name, style, side), background), folder / file)
-    said = captions(name, style, background)
+    file = picture_file(name, style, background, side)
+    save(on(styled(icons, name, style, side), background), folder / file)
+    said = captions(name, style, background, dice)
     return {"file_name": file, **{f"caption_{number}": caption for number, caption in enumerate(said)}}
+
+
+def picture_file(name: str, style: str, background: str, side: int) -> str:
+    """Returns what a picture's file is called."""
+    return f"{slug(name)}-{slug(style)}-{slug(background)}-{side}.png"
 
 
 def judged(icons: Icons, folder: Path, name: str, style: Style) -> dict[str, str]:

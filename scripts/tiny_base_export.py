@@ -1,13 +1,15 @@
 """Writes the tiny base as others read it: diffusers' layout, half precision, and a card that says where it is from."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
-from tiny_base_data import BACKGROUNDS, BASE_STYLES, SIDE, TEMPLATES, read_split
+from tiny_base_data import BACKGROUNDS, SIDE, TEMPLATES, read_split
 from tiny_base_icons import PACKAGES, WORDS
+from tiny_base_styles import STYLES
 from tiny_base_unet import BaseTraining, make_module, write_base
 from torch import Tensor
 
@@ -20,7 +22,7 @@ MOST_BYTES = 16 * 2**20
 
 
 def export_base(work: Path, output: Path) -> int:
-    """Writes the averaged weights of the last checkpoint; returns the bytes of all weights.
+    """Writes the averaged weights of the last checkpoint, and what fine-tuning is judged on; returns bytes of weights.
 
     Args:
         work: Folder of all steps.
@@ -41,6 +43,7 @@ def export_base(work: Path, output: Path) -> int:
     size = sum(path.stat().st_size for path in files)
     if size > MOST_BYTES:
         raise InputError(f"{output}: the weights have {size} bytes, more than {MOST_BYTES}: make the networks smaller")
+    shutil.copytree(work / "data/held_out", output / "held_out", dirs_exist_ok=True)
     write_card(work, output, average["images_seen"], size)
     return size
 
@@ -62,7 +65,7 @@ def write_card(work: Path, output: Path, images: int, size: int) -> None:
     chosen = read_split(work / "data")
     psnr = [json.loads(line) for line in (work / "vae/metrics.jsonl").read_text().splitlines()][-1]["psnr"]
     packages = [*(f"{name} {version}" for name, version in PACKAGES.items()), WORDS.replace("==", " ")]
-    examples = [template.format(style="flat", name="rocket", thing="a rocket") for template in TEMPLATES]
+    examples = [template.format(style="flat", other="flat", name="rocket", thing="a rocket") for template in TEMPLATES]
     card = f"""---
 license: mit
 library_name: diffusers
@@ -71,18 +74,21 @@ pipeline_tag: text-to-image
 # A tiny SDXL that draws icons
 
 An SDXL of {size / 1e6:.1f} MB: the same classes, conditioning, two text encoders and file layout, with EDM's
-preconditioning and normalised latents as Playground v2.5 has them. It draws {len(chosen.concepts)} things as
-{" and ".join(BASE_STYLES)} icons of {SIDE} x {SIDE} pixels, so that a first run and tests can see something
-learned in a minute on a CPU. It is no use for anything else.
+preconditioning and normalised latents as Playground v2.5 has them. It draws {len(chosen.concepts)} things as icons of
+{SIDE} x {SIDE} pixels, so that a first run and tests can see something learned in a minute on a CPU. It is no use for
+anything else.
 
-Prompts: {"; ".join(examples)}; with ", white background" or without. Backgrounds: {", ".join(BACKGROUNDS)}.
+Prompts: {"; ".join(examples)}; with ", white background" or without.
 The things: {", ".join(chosen.concepts)}.
+The styles: {", ".join(STYLES)}, and two at once, as in "dark and soft"; other words in place of a style mean flat.
+Backgrounds: {", ".join(BACKGROUNDS)}.
 
 ## What it has learned from
 
-Microsoft's Fluent Emoji, flat and high contrast, rendered at {SIDE} and 256 px; the VAE also from further emoji,
-in 3D as well. **Never seen in 3D by anything here**: the things of data/icons3d ({", ".join(chosen.tuned)}), from
-which fine-tuning learns, and those that it is judged on ({", ".join(chosen.held_out)}).
+Microsoft's Fluent Emoji, flat and high contrast ("line"), rendered at {SIDE} and 256 px, and the flat ones recoloured,
+lit and blurred by rules, which are the other styles; the VAE also from further emoji, in 3D as well.
+**Never seen in 3D by anything here**: the things of data/icons3d ({", ".join(chosen.tuned)}), from which fine-tuning
+learns, and those that it is judged on ({", ".join(chosen.held_out)}).
 
 Packages: {", ".join(packages)}. The icons are under the MIT licence (LICENSE here), and so are the vocabulary of CLIP,
 which is pruned to the words of captions and prompts, and these weights. emojibase-data, which names the icons, is under
@@ -95,7 +101,7 @@ until it is done:
 
     python scripts/tiny_base.py data
     python scripts/tiny_base.py vae
-    python scripts/tiny_base.py unet
+    python scripts/tiny_base.py unet --processes 2
     python scripts/tiny_base.py export
     python scripts/tiny_base.py check
 """

@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_base_data import SIDE, TEMPLATES
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_base_data import PARTS, SIDE, TEMPLATES
 from tiny_base_words import CONTEXT, read_tokenizer
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -55,27 +56,28 @@ class BaseTraining:
         warmup_steps: Steps over which it grows.
         caption_dropout: Share of captions that are left out, which guidance needs.
         half_life: Images after which the share of old weights in their average has halved, when there have been many.
-        p_mean: Mean of ln(sigma) in training. EDM's own -1.2 is for pixels; latents need more noise, where shapes are.
+        p_mean: Mean of ln(sigma) in training, far above EDM's own -1.2: as few different pictures as these are told
+            apart by themselves below a sigma of about 5, so that what a prompt means is learned above it alone.
         p_std: Standard deviation of ln(sigma).
-        repeats: Times an epoch shows each icon on white, for every time on a coloured background.
+        repeats: Times an epoch shows each flat icon on white, for every time that it shows any other picture.
         precision: What the networks compute in: 32-true or bf16-mixed.
         seed: What all random numbers follow from.
     """
 
-    batch_size: int = 32
+    batch_size: int = 64
     lr: float = 1.5e-3
     warmup_steps: int = 100
     caption_dropout: float = 0.1
     half_life: float = 20_000.0
-    p_mean: float = -0.4
-    p_std: float = 1.2
-    repeats: int = 2
+    p_mean: float = 0.4
+    p_std: float = 1.4
+    repeats: int = 4
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     seed: int = 0
 
 
 class EndAfter(Callback):
-    """Ends a run, as if it had all its steps, after some time; it can be resumed.
+    """Ends a run, in all processes at once, as if it had all its steps, after some time; it can be resumed.
 
     Args:
         minutes: How long, from the first step of this call on.
@@ -89,9 +91,8 @@ class EndAfter(Callback):
         self.end = monotonic() + 60 * self.minutes
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Ends the run if it is time."""
-        if monotonic() >= self.end:
-            trainer.should_stop = True
+        """Ends the run if it is time in any process."""
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(monotonic() >= self.end, all=False)
 
 
 class FromScratch(SDXLModule):
@@ -160,24 +161,30 @@ def make_module(start: Path, settings: BaseTraining) -> SDXLModule:
     )
 
 
-def make_data(data: Path, settings: BaseTraining) -> CaptionedImagesDataModule:
+def make_data(data: Path, settings: BaseTraining, processes: int = 1) -> CaptionedImagesDataModule:
     """Returns all pictures, each under all templates of captions, as many concepts of one folder."""
-    repeats = {"plain": settings.repeats, "coloured": 1}
     return CaptionedImagesDataModule(
         concepts=[
-            Concept(data / part, caption_column=f"caption_{number}", repeats=times)
-            for part, times in repeats.items()
+            Concept(data / part, caption_column=f"caption_{number}", repeats=settings.repeats if part == "flat" else 1)
+            for part in PARTS
             for number in range(len(TEMPLATES))
         ],
         resolution=SIDE,
         caption_dropout=settings.caption_dropout,
         latent_cache=MemoryCache(),
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size // processes,
     )
 
 
 def train_unet(
-    data: Path, start: Path, folder: Path, settings: BaseTraining, images: int, minutes: float, device: str
+    data: Path,
+    start: Path,
+    folder: Path,
+    settings: BaseTraining,
+    images: int,
+    minutes: float,
+    device: str,
+    processes: int = 1,
 ) -> int:
     """Trains, from where an earlier call was, for so many minutes or until all images have been seen.
 
@@ -189,14 +196,21 @@ def train_unet(
         images: How many images in all.
         minutes: How long at most.
         device: cpu, or another of Lightning's accelerators.
+        processes: Processes that share out the images of a step: one for each core, or for each GPU.
 
     Returns:
         How many images have been seen in all.
+
+    Raises:
+        InputError: The images of a step cannot be shared out evenly.
     """
+    if settings.batch_size % processes:
+        raise InputError(f"--settings.batch_size {settings.batch_size} is no multiple of --processes {processes}")
     seed_everything(settings.seed, verbose=False)
     trainer = Trainer(
         accelerator=device,
-        devices=1,
+        devices=processes,
+        strategy=DDPStrategy(gradient_as_bucket_view=True, static_graph=True) if processes > 1 else "auto",
         precision=settings.precision,
         max_steps=max(1, images // settings.batch_size),
         max_epochs=-1,
@@ -220,6 +234,8 @@ def train_unet(
     )
     begun = any((folder / "checkpoints").glob("*.ckpt"))
     trainer.fit(
-        make_module(start, settings), make_data(data, settings), ckpt_path=find_last(trainer) if begun else None
+        make_module(start, settings),
+        make_data(data, settings, processes),
+        ckpt_path=find_last(trainer) if begun else None,
     )
     return trainer.global_step * settings.batch_size

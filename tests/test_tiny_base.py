@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
@@ -31,8 +32,9 @@ def script(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-icons, words, data, vae, unet, export, check = (
-    script(f"tiny_base_{part}") for part in ("icons", "words", "data", "vae", "unet", "export", "check")
+icons, words, styles, data, vae, unet, export, tuning, check = (
+    script(f"tiny_base_{part}")
+    for part in ("icons", "words", "styles", "data", "vae", "unet", "export", "tuning", "check")
 )
 
 TUNED = ("red circle", "hexagon")
@@ -78,7 +80,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(tmp_path_factory: pytest.TempPathFactory, tuned: Path) -> Path:
     """All steps up to the UNet's start."""
     folder = tmp_path_factory.mktemp("work")
-    merges = merges_of([*data.BACKGROUNDS, *Shapes.names, "a an flat line icon in the style of tok background"])
+    spoken = [*data.BACKGROUNDS, *Shapes.names, *styles.STYLES, *data.STRANGE]
+    merges = merges_of(["a an and icon in the style of tok background", *spoken])
     data.write_data(Shapes(), merges, folder / "data", tuned, 5, 2, SEED)
     assert vae.train_vae(folder / "data", folder / "vae", unet.ICONS, VAE, 9.0, "cpu")
     unet.make_start(folder / "data", folder / "vae/diffusers", folder / "start", unet.ICONS, SEED)
@@ -142,7 +145,7 @@ def test_too_few_names(names: Sequence[str], concepts: int, held_out: int) -> No
 def test_no_picture_before_fine_tuning_shows_a_tuned_or_held_out_thing_in_3d(work: Path) -> None:
     """By the pictures themselves: of a thing in 3d, on no background and at no size, is there a trace."""
     split, shapes = data.read_split(work / "data"), Shapes()
-    seen = [pixels for part in ("plain", "coloured", "vae") for pixels in pictures(work / "data" / part).values()]
+    seen = [pixels for part in (*data.PARTS, "vae") for pixels in pictures(work / "data" / part).values()]
     for name in (*split.tuned, *split.held_out):
         colour = np.array(shapes.draw(name, "3d", 64))[32, 32, :3]
         assert all((pixels[len(pixels) // 2, len(pixels) // 2, :3] != colour).any() for pixels in seen)
@@ -151,16 +154,30 @@ def test_no_picture_before_fine_tuning_shows_a_tuned_or_held_out_thing_in_3d(wor
 
 
 def test_no_caption_speaks_of_3d(work: Path) -> None:
-    for part in ("plain", "coloured"):
+    for part in data.PARTS:
         assert "3d" not in (work / "data" / part / "metadata.jsonl").read_text()
 
 
 def test_captions_have_the_words_of_fine_tuning() -> None:
-    said = data.captions("rocket", "flat", "white")
-    assert data.captions("rocket", "TOK", "white")[5] == "a TOK icon in the style of TOK, a rocket, white background"
+    said = captions("rocket", "flat", "white")
+    assert captions("rocket", "TOK", "white")[5] == "a TOK icon in the style of TOK, a rocket, white background"
     assert said[0] == "a flat icon of a rocket"
     assert len(set(said)) == len(data.TEMPLATES)
-    assert all("peach background" in caption for caption in data.captions("rocket", "flat", "peach"))
+    assert all("peach background" in caption for caption in captions("rocket", "flat", "peach"))
+
+
+def captions(name: str, style: str, background: str) -> list[str]:
+    return data.captions(name, style, background, random.Random(SEED))
+
+
+def test_a_strange_word_in_place_of_a_style_means_flat() -> None:
+    flat, soft = (captions("rocket", style, "white") for style in ("flat", "soft"))
+    assert sum("flat" in caption for caption in flat) == len(flat) / 2
+    assert all("soft" in caption for caption in soft)
+    strange = {word for caption in flat[3:] for word in data.STRANGE if f" {word} " in f" {caption.replace(',', '')} "}
+    assert len(strange) >= 3
+    assert not any(word in caption.split() for caption in soft for word in data.STRANGE)
+    assert not {*data.STRANGE} & {*styles.STYLES}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +192,46 @@ def test_captions_have_the_words_of_fine_tuning() -> None:
 )
 def test_articles(name: str, phrase: str) -> None:
     assert data.thing(name) == phrase
+
+
+# Styles
+
+
+def drawn(style: str) -> np.ndarray:
+    return np.array(styles.styled(Shapes(), "square", style, 64)).astype(int)
+
+
+@pytest.mark.parametrize("style", styles.STYLES[1:])
+def test_styles_differ_and_keep_the_outline(style: str) -> None:
+    flat, other = drawn("flat"), drawn(style)
+    inside = flat[32, 32, :3] - other[32, 32, :3]
+    assert np.abs(flat - other)[..., :3].max() > 20
+    if style not in ("line", "soft"):
+        assert np.abs(inside).max() > 10
+        assert (flat[..., 3] == other[..., 3]).all()
+
+
+def test_a_style_of_two_is_one_after_the_other() -> None:
+    dark, warm = styles.RULES["dark"], styles.RULES["warm"]
+    colours, places = drawn("flat")[32:33, 32:33, :3].astype(float), np.zeros((1, 1, 2))
+    expected = warm(dark(colours, places).round(), places).round()
+    assert (drawn("dark and warm")[32:33, 32:33, :3] == expected).all()
+
+
+def test_light_comes_from_above() -> None:
+    flat, shaded, lit = drawn("flat"), drawn("shaded"), drawn("lit")
+    places = [(32, 20), (32, 44)]  # left and right of the middle
+    assert shaded[places[0]][0] / flat[places[0]][0] > shaded[places[1]][0] / flat[places[1]][0]
+    assert (lit[22, 29, :3] > lit[50, 32, :3]).all()
+
+
+def test_what_is_transparent_lends_no_colour_to_a_blur() -> None:
+    picture = Image.new("RGBA", (64, 64), (0, 255, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    soft = np.array(styles.blurred(picture)).astype(int)
+    seen = soft[..., 3] > 8
+    assert soft[seen][:, 1].max() < 16
+    assert 0 < soft[32, 32, 3] < 255
 
 
 # Words
@@ -313,33 +370,74 @@ def test_the_card_says_what_it_was_made_of(base: Path, work: Path) -> None:
     assert "Microsoft" in (base / "LICENSE").read_text()
 
 
+SHORT = ("--trainer.max_epochs=1", "--data.repeats=1", "--data.batch_size=11")
+
+
 def test_gates_are_measured(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "SAMPLER", check.HeunSampler(2))
-    monkeypatch.setattr(check, "WAYS", {check.GATED: check.Way(epochs=1)})
-    monkeypatch.setattr(check, "SHOWN", 1)
-    found = check.check_base(work / "data", base, work / "check", ("G1", "G2", "G3"), 1, 2.0)
+    monkeypatch.setattr(tuning, "SAMPLER", tuning.HeunSampler(2))
+    monkeypatch.setitem(tuning.WAYS, tuning.QUICKSTART, SHORT)
+    found = check.check_base(work / "data", base, work / "check", ("G1", "G2", "G3"), 1)
     names = data.read_split(work / "data").concepts
     assert len(found["wrong"]) == round(len(names) * (1 - found["nearest_is_right"]))
-    assert all(math.isfinite(value) for value in found["tuning"][check.GATED][0].values())
-    assert {path.name for path in (work / "check").glob("*.png")} >= {"G1.png", "G2.png"}
-    assert "G2: the nearest" in (work / "check/check.md").read_text()
+    assert all(math.isfinite(value) for value in found["tuning"][tuning.QUICKSTART][0].values())
+    assert {path.name for path in (work / "check").glob("*.png")} == {"G1.png", "G2.png", "as-the-quickstart-0.png"}
+    card = (base / "README.md").read_text()
+    assert "G2: the nearest" in card
+    check.check_base(work / "data", base, work / "check", ("G2",), 1)
+    assert (base / "README.md").read_text() == card  # the same once more, in the same place
+
+
+@pytest.mark.parametrize("way", tuning.WAYS)
+def test_ways_of_fine_tuning_are_told_apart(base: Path, way: str) -> None:
+    """Each changes what it says, and trains nothing else."""
+    before, after = tuning.fine_tune(base, 0, [*SHORT, *tuning.WAYS[way]])
+    moved = {
+        group: any(
+            not old.equal(new)
+            for old, new in zip(*(module.parameter_groups().get(group, ()) for module in (before, after)), strict=True)
+        )
+        for group in ("unet", "embeddings")
+    }
+    expected = {
+        "no training": {"unet": False, "embeddings": False},
+        "tokens alone": {"unet": False, "embeddings": True},
+        "LoRA alone": {"unet": True, "embeddings": False},
+    }
+    assert moved == expected.get(way, {"unet": True, "embeddings": True})
 
 
 def test_true_icons_are_the_nearest_to_themselves(base: Path, work: Path) -> None:
-    module, judge = check.load(base), check.Judge(work / "data")
-    latents = check.latents_of(module, judge.flat())
+    module = check.load(base)
+    latents = check.latents_of(module, check.true_flat(work / "data", data.read_split(work / "data").concepts))
     assert check.nearest_of(latents, latents) == list(range(len(latents)))
-    assert check.distance(latents, latents) == 0
+    assert tuning.distance(latents, latents) == 0
+
+
+def test_a_true_picture_has_less_loss_than_another(base: Path) -> None:
+    """By a denoiser that knows the answer: D is y whatever the noise."""
+    module, held_out = check.load(base), tuning.HeldOut(base / "held_out")
+    images = held_out.pictures("3d")
+    known = check.latents_of(module, images)
+    module.denoise = lambda batch: lambda x, sigma: known[: len(x)]
+    assert tuning.loss(module, images, held_out.prompts(tuning.TOK)) == 0
+    weights = [(sigma**2 + 0.25) / (0.5 * sigma) ** 2 for sigma in tuning.SIGMAS]
+    error = (known - known.flip(0)).square().mean().item()
+    found = tuning.loss(module, images.flip(0), held_out.prompts(tuning.TOK))
+    assert found == pytest.approx(error * sum(weights) / len(weights), rel=1e-4)
+
+
+def test_wrong_names_are_all_wrong(base: Path) -> None:
+    held_out = tuning.HeldOut(base / "held_out")
+    right, wrong = held_out.prompts(tuning.FLAT), held_out.prompts(tuning.FLAT, shift=1)
+    assert sorted(right) == sorted(wrong)
+    assert all(one != other for one, other in zip(right, wrong, strict=True))
 
 
 def test_what_is_no_better_does_not_hold() -> None:
     """A constant picture, or an adapter that changes nothing, has the same figure on both sides."""
-    same = dict.fromkeys(
-        [
-            *("to true 3d", "of the base's flat drawing", "of the mean training image", "loss under TOK"),
-            *("of drawings under a wrong name", "of the base", "under the flat prompt", "under a wrong name"),
-        ],
-        1.0,
-    )
-    assert not any(check.verdicts(same).values())
-    assert all(check.verdicts(same | {"to true 3d": 0.9, "loss under TOK": 0.9}).values())
+    distances = ["TOK to true 3d", "base's flat to it", "mean of the 22 to it", "wrong name to it"]
+    losses = ["loss under TOK", "base's loss", "under flat", "under wrong name"]
+    same = dict.fromkeys([*distances, *losses], 1.0)
+    assert set(tuning.ratios(same).values()) == {1.0}
+    better = tuning.ratios(same | {"TOK to true 3d": 0.9, "loss under TOK": 0.8})
+    assert sorted(better.values()) == [0.8] * 3 + [0.9] * 3
