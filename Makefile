@@ -21,10 +21,7 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint requirements/tested.txt --editable ".[dev]"
 	touch $@
 
-build/tiny-sdxl: | .venv/installed
-	$(BIN)/python scripts/make_tiny_sdxl.py $@
-
-quickstart: .venv/installed build/tiny-sdxl
+quickstart: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/lit-edm fit --config configs/quickstart.yaml  # so small a network does not share out well
 
 test: .venv/installed

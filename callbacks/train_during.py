@@ -55,7 +55,7 @@ class TrainDuring(Callback):
                 f"{type(self).__name__} needs the run's length: set trainer.max_steps or trainer.max_epochs"
             )
         self.first, self.end = self.span(total)
-        if self.first > 0 and self.first >= min(self.end, total):
+        if self.first > 0 and (isinf(self.first) or ceil(self.first) >= min(self.end, total)):
             raise InputError(
                 f"TrainDuring never trains {self.group}: {self.start} to {self.stop} is from step {self.first:g} to "
                 f"{self.end:g} of {total}"
@@ -110,7 +110,7 @@ def first_step_without(spans: Mapping[str, Sequence[tuple[float, float]]], total
         total: Steps of the run.
     """
     moments = {0.0, *(moment for of_group in spans.values() for span in of_group for moment in span)}
-    for step in sorted(ceil(moment) for moment in moments if moment < total and not isinf(moment)):
+    for step in sorted(ceil(moment) for moment in moments if not isinf(moment) and ceil(moment) < total):
         if not any(not of_group or any(a <= step < b for a, b in of_group) for of_group in spans.values()):
             return step
     return None

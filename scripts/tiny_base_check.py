@@ -23,7 +23,9 @@ from tiny_base_tuning import (
     figures,
     fine_tune,
     latents_of,
+    missed,
     ratios,
+    ratios_of_parts,
     read_pictures,
 )
 from torch import Tensor
@@ -95,7 +97,8 @@ def tuned(base: Path, folder: Path, way: str, seed: int) -> dict[str, float]:
     rows = {"true 3d": held_out.pictures("3d"), **drawn}
     write_sheet(folder / f"{slug(way).replace(',', '')}-{seed}.png", rows)
     found = figures(before, after, held_out, drawn)
-    print(way, seed, {name: round(value, 3) for name, value in {**found, **ratios(found)}.items()}, flush=True)
+    both = found | ratios(found) | ratios_of_parts(found)
+    print(way, seed, {name: round(value, 3) for name, value in both.items()}, "missed", missed(found), flush=True)
     return found
 
 
@@ -130,9 +133,12 @@ def report(found: Mapping[str, Any]) -> str:
         ]
     if ways := found.get("tuning"):
         keys = list(next(iter(ways.values()))[0])
-        lines += ["| " + " | ".join(["way of training", *keys, "G3 holds"]) + " |", "|---" * (len(keys) + 2) + "|"]
+        lines += ["| " + " | ".join(["way of training", *keys, "G3 holds", "with margins"]) + " |"]
+        lines.append("|---" * (len(keys) + 3) + "|")
         for name, runs in ways.items():
             means = [sum(run[key] for run in runs) / len(runs) for key in keys]
             held = sum(all(ratio < 1 for ratio in ratios(run).values()) for run in runs)
-            lines.append("| " + " | ".join([name, *(f"{x:.3f}" for x in means), f"{held} of {len(runs)}"]) + " |")
+            kept = sum(not missed(run) for run in runs)
+            counts = [f"{number} of {len(runs)}" for number in (held, kept)]
+            lines.append("| " + " | ".join([name, *(f"{x:.3f}" for x in means), *counts]) + " |")
     return "\n".join(lines) + "\n"

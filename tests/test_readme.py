@@ -112,11 +112,11 @@ def test_files_it_names_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-def test_the_command_of_a_card_repeats_the_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_a_card_repeats_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, by the files beside the card alone."""
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
-    short = ["--trainer.max_steps=2", "--data.repeats=1", "--data.resolution=16", f"--model.pretrained={tiny}"]
+    short = ["--trainer.max_steps=2", "--data.repeats=1"]
     callbacks = "--trainer.callbacks=[{class_path: SaveAdapter, init_args: {name: icons3d}}]"
     main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *short, callbacks])
     shutil.move("runs/quickstart", "first")

@@ -20,10 +20,10 @@ def test_sigma_data_of_the_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["sigma_data"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_sigma_data_of_latents(tiny: Path, icons: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigma_data_of_latents(tiny_edm: Path, icons: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(ROOT / "scripts/sigma_data.py"))
     config = ["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.logger=false"]
-    small = [f"--model.pretrained={tiny}", f"--data.root={icons}", "--data.resolution=16", "--data.repeats=1"]
+    small = [f"--model.pretrained={tiny_edm}", f"--data.root={icons}", "--data.resolution=16", "--data.repeats=1"]
     script["main"](config + small)
     out = capsys.readouterr().out
     assert "# 22 images; of each channel mean" in out

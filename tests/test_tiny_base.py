@@ -333,6 +333,12 @@ def test_a_base_can_be_trained_in_bf16(work: Path, tmp_path: Path) -> None:
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in flat(kept).values())
 
 
+def test_processes_share_out_the_images_of_a_step(work: Path, tmp_path: Path) -> None:
+    assert unet.make_data(work / "data", UNET, processes=2).batch_size == 2
+    with pytest.raises(InputError, match="batch_size 4 is no multiple of --processes 3"):
+        unet.train_unet(work / "data", work / "start", tmp_path, UNET, 8, 9.0, "cpu", processes=3)
+
+
 def test_a_base_that_is_broken_off_ends_the_same(work: Path, tmp_path: Path, trained: dict[str, Any]) -> None:
     train(work, tmp_path / "unet", 16, minutes=0.0)
     broken = train(work, tmp_path / "unet", 16, minutes=0.0)

@@ -18,6 +18,9 @@ from lit_edm.sdxl.low_rank import casts_all_it_trains
 
 GIB = 2**30
 
+CONTEXT = 77
+"""Tokens of a caption that a UNet is conditioned on, for SDXL and all that are made from it."""
+
 STATES_OF_ADAM = 2
 """Numbers that most optimizers keep of each trained one: running mean and running square of the gradient."""
 
@@ -184,14 +187,15 @@ def unet_inputs(
     """Returns arguments without values of the forward pass of an SDXL UNet with a config; see kept_by_unet."""
     count = shape[0]
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    context = nothing(count, 77, config.cross_attention_dim, dtype=dtype).requires_grad_(learns_text)
+    context = nothing(count, CONTEXT, config.cross_attention_dim, dtype=dtype).requires_grad_(learns_text)
     added = {"text_embeds": nothing(count, pooled, dtype=dtype), "time_ids": nothing(count, 6)}
     return (nothing(*shape, dtype=dtype), nothing(count), context), {"added_cond_kwargs": added}
 
 
-def kept_by_text_encoder(encoder: nn.Module, dtype: torch.dtype, count: int) -> int | None:
-    """Counts what a CLIP text encoder keeps of so many captions; see bytes_kept."""
-    return bytes_kept(encoder, dtype, nothing(count, 77, dtype=torch.int64), output_hidden_states=True)
+def kept_by_text_encoder(encoder: Any, dtype: torch.dtype, count: int) -> int | None:
+    """Counts what a CLIP text encoder keeps of so many captions, as long as it reads them; see bytes_kept."""
+    captions = nothing(count, encoder.config.max_position_embeddings, dtype=torch.int64)
+    return bytes_kept(encoder, dtype, captions, output_hidden_states=True)
 
 
 def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -101,7 +101,7 @@ def test_a_part_of_no_length(start: float, stop: float) -> None:
         TrainDuring("unet", start, stop)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0.5, 3), (8, 100), (4, 0.5), (1.0, 20)])
+@pytest.mark.parametrize(("start", "stop"), [(0.5, 3), (8, 100), (4, 0.5), (1.0, 20), (0.9, 1.0)])
 def test_a_part_that_this_run_has_no_step_in(three_groups: Any, trainer: Make, start: float, stop: float) -> None:
     with pytest.raises(InputError, match=rf"TrainDuring never trains unet: {start} to {stop} is from step .* of 8"):
         trainer(TrainDuring("unet", start, stop), max_steps=8).fit(three_groups())
@@ -121,6 +121,12 @@ def test_a_fraction_of_a_run_without_end(three_groups: Any, trainer: Make) -> No
     endless = {"max_steps": -1, "max_epochs": -1}
     with pytest.raises(InputError, match=r"TrainDuring needs the run's length: set trainer\.max_steps or"):
         trainer(TrainDuring("unet", 0.5), **endless).fit(three_groups())
+
+
+def test_the_end_of_a_run_without_end(three_groups: Any, trainer: Make) -> None:
+    endless = {"max_steps": -1, "max_epochs": -1}
+    with pytest.raises(InputError, match=r"TrainDuring never trains unet: 1\.0 to 20 is from step inf"):
+        trainer(TrainDuring("unet", 1.0, 20), **endless).fit(three_groups())
 
 
 def test_a_number_of_steps_of_a_run_without_end(three_groups: Any, trainer: Make) -> None:
@@ -162,6 +168,7 @@ def test_a_module_without_groups(pixels: Callable[..., LightningModule], patches
         ({"embeddings": [(0, 1.5)], "unet": [(2.5, 4)]}, 2),
         ({"embeddings": [(0, 1), (3, 4)]}, 1),
         ({"embeddings": [(0, 9)]}, None),
+        ({"embeddings": [(0, 3.5)], "unet": [(3.5, 4)]}, None),
     ],
 )
 def test_steps_that_train_nothing(spans: dict[str, list[tuple[float, float]]], step: int | None) -> None:

@@ -11,6 +11,7 @@ from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import CLIPTextModel
 
 from lit_edm.optim import GroupedProdigy, WarmupSchedule
 from lit_edm.sdxl import Adapter, DoRA, FullFinetune, LoCon, LoHa, LoKr, LoRA, SDXLCheckpoint
@@ -24,6 +25,8 @@ from lit_edm.sdxl.memory import (
     nothing,
     state_of,
 )
+from lit_edm.sdxl.sizes import text_size
+from lit_edm.sdxl.tiny import text_config
 
 GIB = 2**30
 
@@ -111,6 +114,14 @@ def test_text_encoders_keep_what_they_learn_from(tiny: Path, held: Callable[...,
         assert kept_by_text_encoder(encoder, torch.float32, 2) == held(
             encoder, torch.ones(2, 77, dtype=torch.int64), output_hidden_states=True
         )
+
+
+def test_a_text_encoder_that_reads_less_than_sdxls(held: Callable[..., int]) -> None:
+    encoder = CLIPTextModel(text_config(text_size(16, 2, 2, 32, 16) | {"max_position_embeddings": 32}, 100))
+    LoRA(rank=2)(encoder)
+    captions = torch.ones(2, 32, dtype=torch.int64)
+    counted = kept_by_text_encoder(encoder, torch.float32, 2)
+    assert counted == held(encoder, captions, output_hidden_states=True)
 
 
 def test_trained_weights_are_kept_in_half_precision_too() -> None:
