@@ -102,7 +102,6 @@ class FromScratch(SDXLModule):
         """Loads the networks."""
         super().load_networks()
         self.denoiser.unet.set_attn_processor(AttnProcessor())
-        self.conditioner.float()  # the layers behind what is used stay frozen, and a CPU's norms do not mix precisions
 
 
 def make_start(data: Path, vae: Path, folder: Path, size: BaseSize, seed: int) -> None:

@@ -59,12 +59,15 @@ class FullFinetune(Adapter):
     def __call__(self, network: nn.Module, without: Sequence[str] = ()) -> None:
         """Unfreezes the weights.
 
+        Those of layers behind all that is used become float32 as well: norms on a CPU take no input of another
+        precision than their own, and what comes in is float32.
+
         Raises:
             InputError: A block is not in the network.
         """
         for name in self.layers(network):
-            if not any(matches(name, pattern) for pattern in without):
-                train_in_float32(network.get_submodule(name).parameters(recurse=False))
+            used = not any(matches(name, pattern) for pattern in without)
+            hold_in_float32(network.get_submodule(name).parameters(recurse=False), used)
 
     def check(self, network: nn.Module, without: Sequence[str] = ()) -> None:
         """Raises InputError if a block is not in the network."""
@@ -130,8 +133,8 @@ def initial_state(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def train_in_float32(parameters: Iterable[nn.Parameter]) -> None:
-    """Makes parameters trainable, in place."""
+def hold_in_float32(parameters: Iterable[nn.Parameter], trained: bool = True) -> None:
+    """Makes parameters float32, in place, and trainable or not."""
     for parameter in parameters:
         parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(trained)

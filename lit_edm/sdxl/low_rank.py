@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_edm.edm.validation import check
 from lit_edm.errors import InputError
-from lit_edm.sdxl.adapters import Adapter, train_in_float32
+from lit_edm.sdxl.adapters import Adapter, hold_in_float32
 from lit_edm.sdxl.layers import adapter_key, chosen, ends_with, is_text_encoder, matches
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class LowRankAdapter(Adapter):
 
         if sizes := self.sizes(network, without):
             inject_adapter_in_model(self.peft_config(sizes), network)
-            train_in_float32(parameter for parameter in network.parameters() if parameter.requires_grad)
+            hold_in_float32(parameter for parameter in network.parameters() if parameter.requires_grad)
 
     def check(self, network: nn.Module, without: Sequence[str] = ()) -> None:
         """Raises InputError if a target or a pattern means no linear layer or convolution."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_edm.errors import InputError
 from lit_edm.sdxl import Adapter, DoRA, FullFinetune, LoCon, LoHa, LoKr, LoRA, SDXLCheckpoint
 from lit_edm.sdxl.adapters import initial_state
+from lit_edm.sdxl.conditioning import without_gradient
 from lit_edm.sdxl.low_rank import updated_layers
 from lit_edm.sdxl.outlines import unet
 
@@ -283,6 +284,19 @@ class TestFullFinetune:
             run(unet).sum().backward()
         assert all(parameter.grad is not None for parameter in trained(unet).values())
         assert 0 < len(trained(unet)) < len(list(unet.parameters()))
+
+    def test_trains_a_half_precision_text_encoder_up_to_what_is_used(self, tiny: Path) -> None:
+        """What comes after it stays frozen, and still has to take what comes out in float32."""
+        encoder = load(tiny, "text_encoder", torch.bfloat16)
+        unused = without_gradient(encoder, 0)
+        FullFinetune(embeddings=True)(encoder, unused)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = encoder(torch.ones(1, 77, dtype=torch.int64), output_hidden_states=True).hidden_states[-2]
+        hidden.float().square().sum().backward()
+        assert all(parameter.grad is not None for parameter in trained(encoder).values())
+        frozen = encoder.state_dict().keys() - trained(encoder).keys()
+        assert frozen
+        assert all(any(name.startswith(part) for part in unused) for name in frozen)
 
     def test_keeps_no_base(self, tiny: Path) -> None:
         unet = load(tiny, "unet")
