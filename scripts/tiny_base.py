@@ -2,7 +2,7 @@
 
     data     fetches icons by npm and pip, splits, renders and captions them; needs `pip install resvg-py`
     vae      trains the VAE: some five minutes on one core; call it again until it is done
-    unet     trains UNet and text encoders: an hour or more on two cores, minutes on a GPU; goes on where it was
+    unet     trains UNet and text encoders: twenty minutes on two cores, with --processes 2; goes on where it was
     export   writes the base in diffusers' layout, in half precision, with a model card
     check    draws from it, and measures what it has learned and what fine-tuning teaches it
 
@@ -63,7 +63,7 @@ def vae(work: Path = WORK, minutes: float = 30.0, device: str = "cpu", settings:
 
 def unet(
     work: Path = WORK,
-    images: int = 400_000,
+    images: int = 128_000,
     minutes: float = 60.0,
     device: str = "auto",
     processes: int = 1,

@@ -1,32 +1,21 @@
 """The benchmark of training, in small: its numbers fit together, and it measures what it says."""
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import benchmark as main
+import benchmark_memory as memory
+import benchmark_phases as phases
+import benchmark_report as report
+import benchmark_setup as setup
 import pytest
 import torch
 
 from lit_edm.errors import InputError
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-BENCHMARKS = SCRIPTS.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 QUICK = {"size": "tiny", "side": 16, "batch_size": 2, "steps": 2, "warmup": 1, "profiled": 2, "memory": False}
-
-
-def script(name: str) -> ModuleType:
-    """Imports a script as scripts do each other: from their own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        return importlib.import_module(name)
-
-
-main = script("benchmark")
-setup, floor, phases, memory, report = (
-    script(f"benchmark_{part}") for part in ("setup", "floor", "phases", "memory", "report")
-)
 
 
 def train(folder: Path, *callbacks: Any, **settings: Any) -> Any:

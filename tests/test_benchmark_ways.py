@@ -1,9 +1,7 @@
-import importlib
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import benchmark_ways
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear
@@ -13,15 +11,8 @@ from lit_edm.sdxl.lora_layers import LoRALinear
 from lit_edm.sdxl.memory import unet_inputs
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-        return importlib.import_module("benchmark_ways")
-
-
-def test_a_row_for_each_way_adapter_and_precision(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    script.main("tiny", side=32, batch_size=1, rounds=1, compiled=False)
+def test_a_row_for_each_way_adapter_and_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark_ways.main("tiny", side=32, batch_size=1, rounds=1, compiled=False)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     expected = ["peft's layers", "channels_last", "AttnProcessor", "SDPA's MATH"]
     for adapter in ("LoRA", "DoRA"):
@@ -31,14 +22,14 @@ def test_a_row_for_each_way_adapter_and_precision(script: ModuleType, capsys: py
 
 
 @pytest.mark.parametrize("way", ["peft's layers", "channels_last", "AttnProcessor", "SDPA's MATH"])
-def test_all_ways_compute_the_same(script: ModuleType, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ways_compute_the_same(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     calls: list[object] = []
     monkeypatch.setattr(Linear, "forward", counted(Linear.forward, calls))
-    change, context = script.ways(torch.float32, "cpu", compiled=False)[way]
+    change, context = benchmark_ways.ways(torch.float32, "cpu", compiled=False)[way]
     for changed in (False, True):
         torch.manual_seed(0)
-        unet = script.unet_of("LoRA", "tiny", torch.float32, "cpu")
+        unet = benchmark_ways.unet_of("LoRA", "tiny", torch.float32, "cpu")
         args, kwargs = unet_inputs(unet.config, torch.float32, (2, 4, 8, 8), learns_text=False)
         args = [torch.linspace(-1, 1, value.numel()).view(value.shape) for value in args]
         added = {key: torch.ones(value.shape) for key, value in kwargs["added_cond_kwargs"].items()}
@@ -50,7 +41,7 @@ def test_all_ways_compute_the_same(script: ModuleType, way: str, monkeypatch: py
             outputs.append(unet(*args, added_cond_kwargs=added).sample)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     assert bool(calls) == (way == "peft's layers")
-    assert LoRALinear.forward is script.OURS
+    assert LoRALinear.forward is benchmark_ways.OURS
 
 
 def counted(forward: Callable[..., Tensor], calls: list[object]) -> Callable[..., Tensor]:

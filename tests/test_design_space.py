@@ -1,28 +1,18 @@
 """The benchmark of scripts/design_space.py, in small."""
 
-import importlib
 import json
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import design_space as main
+import design_space_report as report
+import design_space_sampling as sampling
+import design_space_training as training
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 F64 = torch.float64
-
-
-def script(name: str) -> ModuleType:
-    """Imports a script as scripts do each other: from their own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        return importlib.import_module(name)
-
-
-main = script("design_space")
-training, sampling, report = (script(f"design_space_{part}") for part in ("training", "sampling", "report"))
 
 
 @pytest.fixture(scope="module")

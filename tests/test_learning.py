@@ -4,23 +4,11 @@ A loss that falls would be no evidence, for that of a constant picture falls too
 scripts/tiny_base_tuning.py, and what other ways of training reach in benchmarks/tiny_base.md.
 """
 
-import importlib
-from pathlib import Path
-from types import ModuleType
-
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def tuning(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, imported as scripts do each other: from their own folder."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("tiny_base_tuning")
+import tiny_base_tuning as tuning
 
 
-def missed(tuning: ModuleType, way: str) -> set[str]:
+def missed(way: str) -> set[str]:
     """Fine-tunes; returns the comparisons that do not hold."""
     held_out = tuning.HeldOut(tuning.BASE / "held_out")
     before, after = tuning.fine_tune(tuning.BASE, 0, tuning.WAYS[way])
@@ -28,8 +16,8 @@ def missed(tuning: ModuleType, way: str) -> set[str]:
     return set(tuning.missed(tuning.figures(before, after, held_out, drawn)))
 
 
-def test_the_quickstart_teaches_a_style(tuning: ModuleType) -> None:
-    assert missed(tuning, tuning.QUICKSTART) == set()
+def test_the_quickstart_teaches_a_style() -> None:
+    assert missed(tuning.QUICKSTART) == set()
 
 
 @pytest.mark.slow
@@ -41,5 +29,5 @@ def test_the_quickstart_teaches_a_style(tuning: ModuleType) -> None:
         ("LoRA alone, tokens as they start", {"taught / untaught tokens"}),
     ],
 )
-def test_without_a_part_it_does_not(tuning: ModuleType, way: str, expected: set[str]) -> None:
-    assert missed(tuning, way) >= expected
+def test_without_a_part_it_does_not(way: str, expected: set[str]) -> None:
+    assert missed(way) >= expected
