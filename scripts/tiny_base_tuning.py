@@ -112,7 +112,8 @@ def fine_tune(base: Path, seed: int, changes: Sequence[str] = ()) -> tuple[SDXLM
     before, after = (CLI(run=False, save_config_callback=None, args=[*options, *here, *quiet]) for _ in range(2))
     trainer, module = after.trainer, after.model
     writers = PictureCallback, SaveAdapter, RunSummary, ModelCheckpoint
-    trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, writers)]
+    kept = [callback for callback in trainer.callbacks if not isinstance(callback, writers)]  # type: ignore[attr-defined]
+    trainer.callbacks = kept  # type: ignore[attr-defined]
     before.model.configure_model()
     trainer.fit(module, after.datamodule)
     module.configure_model()  # a run without steps does not

@@ -399,9 +399,10 @@ def test_ways_of_fine_tuning_are_told_apart(base: Path, way: str) -> None:
         for group in ("unet", "embeddings")
     }
     expected = {
+        "no gradient": {"unet": False, "embeddings": False},
         "no training": {"unet": False, "embeddings": False},
         "tokens alone": {"unet": False, "embeddings": True},
-        "LoRA alone": {"unet": True, "embeddings": False},
+        "LoRA alone, tokens as they start": {"unet": True, "embeddings": False},
     }
     assert moved == expected.get(way, {"unet": True, "embeddings": True})
 
