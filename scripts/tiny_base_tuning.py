@@ -34,6 +34,9 @@ SIGMAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Noise levels of losses."""
 FLAT, TOK = "{name}, flat icon", "a 3d icon in the style of TOK, {thing}, white background"
 
+TEACHER = ("--data.prior=TeacherPrior", "--data.prior.prompt=a flat icon, white background", "--data.batch_size=8")
+"""Keeps what the base makes of the same images under a flat prompt."""
+
 QUICKSTART = "as the quickstart"
 WAYS: dict[str, Sequence[str]] = {
     QUICKSTART: (),
@@ -52,11 +55,8 @@ WAYS: dict[str, Sequence[str]] = {
     "tokens alone": ("--model.adapter=null", "--trainer.callbacks=[]"),
     "LoRA alone, tokens as they start": ("--model.embeddings_lr=0", "--trainer.callbacks=[]"),
     "no pivot": ("--trainer.callbacks=[]",),
-    "a teacher keeps what is flat": (
-        "--data.prior=TeacherPrior",
-        "--data.prior.prompt=a flat icon, white background",
-        "--data.batch_size=8",
-    ),
+    "with a teacher": TEACHER,
+    "no pivot, with a teacher": ("--trainer.callbacks=[]", *TEACHER),
 }
 """Ways of fine-tuning, by what they change in the quickstart."""
 
