@@ -127,9 +127,10 @@ def report(found: Mapping[str, Any]) -> str:
     lines = list[str]()
     if "nearest_is_right" in found:
         lines += [
-            f"G1: G1.png shows {', '.join(found['named'])}.",
+            f"G1: to be looked at are {', '.join(found['named'][:8])};",
+            f"{', '.join(found['named'][8:])}.",
             "",
-            f"G2: the nearest true icon is the right one for {found['nearest_is_right']:.1%} of all concepts.",
+            f"G2: the nearest true icon is the right one for {found['nearest_is_right']:.1%} of all things.",
             "",
         ]
     if ways := found.get("tuning"):
