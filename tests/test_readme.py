@@ -107,7 +107,10 @@ def test_commands_are_found_and_mistakes_in_them_too(monkeypatch: pytest.MonkeyP
         check_python("scripts/make_tiny_sdxl.py", "--no_such_option")
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|scripts|docs|lit_edm|data)/[\w./]*\w", README))))
+FILES = re.findall(r"(?:configs|scripts|docs|lit_edm|data|benchmarks)/[\w./-]*\w", README)
+
+
+@pytest.mark.parametrize("path", sorted(set(FILES)))
 def test_files_it_names_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
