@@ -120,13 +120,13 @@ def fine_tune(base: Path, seed: int, changes: Sequence[str] = ()) -> tuple[SDXLM
     return before.model, module
 
 
-def draw(module: SDXLModule, prompts: Sequence[str], guidance_scale: float = GUIDANCE_SCALE) -> Tensor:
+def draw(module: SDXLModule, prompts: Sequence[str]) -> Tensor:
     """Returns pixels (B, 3, SIDE, SIDE) of prompts, each from noise of its place among them."""
     noise = unit_noise(range(len(prompts)), module.latents.shape(SIDE, SIDE), module.device)
     drawn = []
     for start in range(0, len(prompts), 32):
         batch = blank_batch(prompts[start : start + 32], (SIDE, SIDE), module.device)
-        drawn.append(module.sample(batch, noise[start : start + 32], SAMPLER, guidance_scale))
+        drawn.append(module.sample(batch, noise[start : start + 32], SAMPLER, GUIDANCE_SCALE))
     return torch.cat(drawn).clamp(-1, 1)
 
 
